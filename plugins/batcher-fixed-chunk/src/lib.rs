@@ -1,0 +1,1 @@
+//! Batcher with a fixed prefill chunk; decodes first.

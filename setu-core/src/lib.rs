@@ -1,0 +1,4 @@
+pub mod dtype;
+pub mod error;
+pub use dtype::DType;
+pub use error::{Error, ErrorKind, Result};
