@@ -3,12 +3,16 @@
 //! Types are left to the trait system (`FieldType`, `ScalarType`), so that a type that no field can have
 //! is an ordinary "trait not implemented" at the field; only literals are looked at here.
 
+mod literal;
+
 use proc_macro2::{Span, TokenStream};
 use quote::{quote, quote_spanned};
 use syn::ext::IdentExt;
 use syn::meta::ParseNestedMeta;
 use syn::spanned::Spanned;
-use syn::{Attribute, Data, DeriveInput, Error, Expr, ExprLit, Field, Fields, Ident, Lit, LitStr, Result, Type, UnOp};
+use syn::{Attribute, Data, DeriveInput, Error, Expr, ExprLit, Field, Fields, Ident, Lit, LitStr, Result, Type};
+
+use literal::{choices, integer, literal, number, typed_value};
 
 /// What `derive(Config)` writes.
 pub fn derive(input: &DeriveInput) -> Result<TokenStream> {
@@ -219,7 +223,8 @@ impl<'a> Setting<'a> {
         if self.bytes {
             kind = quote!(#kind.as_bytes());
         }
-        let (min, max, above) = (optional(&self.min, number), optional(&self.max, number), optional(&self.above, number));
+        let (min, max, above) =
+            (optional(&self.min, number), optional(&self.max, number), optional(&self.above, number));
         let multiple_of = optional(&self.multiple_of, integer);
         let example = optional(&self.example, literal);
         let (unit, deprecated) = (text(&self.unit), text(&self.deprecated));
@@ -269,135 +274,6 @@ fn or_error(tokens: Result<TokenStream>) -> TokenStream {
     tokens.unwrap_or_else(|error| error.to_compile_error())
 }
 
-/// `expr` as a `Literal`: a literal, a list of them, or the path of a variant that derives `ConfigEnum`.
-fn literal(expr: &Expr) -> Result<TokenStream> {
-    Ok(match expr {
-        Expr::Array(array) => {
-            let items = array.elems.iter().map(literal).collect::<Result<Vec<TokenStream>>>()?;
-            quote!(::setu_core::config::Literal::List(&[#(#items),*]))
-        }
-        Expr::Path(variant) => quote!(::setu_core::config::Literal::Str((#variant).as_str())),
-        _ => match constant(expr)? {
-            Constant::Bool(value) => quote!(::setu_core::config::Literal::Bool(#value)),
-            Constant::Int(value) => quote!(::setu_core::config::Literal::Int(#value)),
-            Constant::Float(value) => quote!(::setu_core::config::Literal::Float(#value)),
-            Constant::Str(value) => quote!(::setu_core::config::Literal::Str(#value)),
-        },
-    })
-}
-
-/// `expr` as the `Number` of a bound; a text is a size.
-fn number(expr: &Expr) -> Result<TokenStream> {
-    Ok(match constant(expr)? {
-        Constant::Int(value) => quote!(::setu_core::config::Number::Int(#value)),
-        Constant::Float(value) => quote!(::setu_core::config::Number::Float(#value)),
-        Constant::Str(text) => {
-            let size = size(&text);
-            quote!(::setu_core::config::Number::Int(#size as i128))
-        }
-        Constant::Bool(_) => return Err(Error::new(expr.span(), "a bound is a number")),
-    })
-}
-
-/// `expr` as a `u64`; a text is a size.
-fn integer(expr: &Expr) -> Result<TokenStream> {
-    match constant(expr)? {
-        Constant::Int(value) => Ok(quote!(#value)),
-        Constant::Str(text) => Ok(size(&text)),
-        _ => Err(Error::new(expr.span(), "this is an integer")),
-    }
-}
-
-fn choices(expr: &Expr) -> Result<TokenStream> {
-    let Expr::Array(array) = expr else {
-        return Err(Error::new(expr.span(), "choices are a list of texts: [\"a\", \"b\"]"));
-    };
-    let mut names = Vec::new();
-    for item in &array.elems {
-        match constant(item)? {
-            Constant::Str(name) => names.push(name),
-            _ => return Err(Error::new(item.span(), "a choice is a text")),
-        }
-    }
-    Ok(quote!(&[#(::setu_core::config::Choice { name: #names, help: "" }),*]))
-}
-
-/// `expr` as a value of the field's own type, so that rustc checks the default against it.
-fn typed_value(expr: &Expr, bytes: bool) -> TokenStream {
-    match expr {
-        Expr::Array(array) => {
-            let items = array.elems.iter().map(|item| typed_value(item, bytes));
-            quote!(::std::vec::Vec::from([#(#items),*]))
-        }
-        Expr::Lit(ExprLit { lit: Lit::Str(text), .. }) if bytes => {
-            let size = size(text);
-            quote!(#size as _)
-        }
-        Expr::Lit(ExprLit { lit: Lit::Str(text), .. }) => quote!(::core::convert::From::from(#text)),
-        expr => quote!(#expr),
-    }
-}
-
-/// The bytes that `text` names, read while the component compiles.
-fn size(text: &LitStr) -> TokenStream {
-    let complaint = format!("{:?} is not a size such as 2GiB", text.value());
-    quote_spanned! {text.span()=>
-        const {
-            match ::setu_core::config::parse_size(#text) {
-                ::core::option::Option::Some(bytes) => bytes,
-                ::core::option::Option::None => panic!(#complaint),
-            }
-        }
-    }
-}
-
-enum Constant {
-    Bool(bool),
-    Int(TokenStream),
-    Float(TokenStream),
-    Str(LitStr),
-}
-
-fn constant(expr: &Expr) -> Result<Constant> {
-    let (negative, lit) = match expr {
-        Expr::Lit(ExprLit { lit, .. }) => (false, lit),
-        Expr::Unary(unary) if matches!(unary.op, UnOp::Neg(_)) => match &*unary.expr {
-            Expr::Lit(ExprLit { lit: lit @ (Lit::Int(_) | Lit::Float(_)), .. }) => (true, lit),
-            _ => return Err(not_literal(expr)),
-        },
-        _ => return Err(not_literal(expr)),
-    };
-    let sign = negative.then(|| quote!(-));
-    match lit {
-        Lit::Bool(value) => Ok(Constant::Bool(value.value)),
-        Lit::Str(value) => Ok(Constant::Str(value.clone())),
-        Lit::Int(value) => {
-            let digits = syn::LitInt::new(value.base10_digits(), value.span());
-            Ok(Constant::Int(quote!(#sign #digits)))
-        }
-        Lit::Float(value) => {
-            let digits = syn::LitFloat::new(&float_digits(value.base10_digits()), value.span());
-            Ok(Constant::Float(quote!(#sign #digits)))
-        }
-        _ => Err(not_literal(expr)),
-    }
-}
-
-/// `1.` is a float to rustc and no token that stands alone, so it becomes `1.0`.
-fn float_digits(digits: &str) -> String {
-    if digits.ends_with('.') {
-        format!("{digits}0")
-    } else if digits.contains(['.', 'e', 'E']) {
-        digits.to_owned()
-    } else {
-        format!("{digits}.0")
-    }
-}
-
-fn not_literal(expr: &Expr) -> Error {
-    Error::new(expr.span(), "this is written out in full, as a literal, because help and reference show it")
-}
-
 fn config_attributes(attrs: &[Attribute], mut each: impl FnMut(ParseNestedMeta) -> Result<()>) -> Result<()> {
     attrs.iter().filter(|attr| attr.path().is_ident("config")).try_for_each(|attr| attr.parse_nested_meta(&mut each))
 }
@@ -408,7 +284,7 @@ fn help(attrs: &[Attribute], span: Span, what: &str) -> Result<String> {
     for attr in attrs.iter().filter(|attr| attr.path().is_ident("doc")) {
         let syn::Meta::NameValue(meta) = &attr.meta else { continue };
         let Expr::Lit(ExprLit { lit: Lit::Str(doc), .. }) = &meta.value else { continue };
-        for line in doc.value().lines().map(str::trim) {
+        for line in doc.value().split('\n').map(str::trim) {
             let item = line.starts_with("- ") || line.starts_with("* ");
             match line {
                 "" if text.is_empty() || text.ends_with("\n\n") => {}
@@ -451,15 +327,85 @@ mod tests {
     fn what_cannot_be_a_configuration_is_refused_in_words() {
         let documented = "a doc comment must say";
         let cases: Vec<(DeriveInput, &str)> = vec![
-            (parse_quote!(struct A { a: u32 }), documented),
-            (parse_quote!(/** A. */ struct A { a: u32 }), documented),
-            (parse_quote!(/** */ struct A;), documented),
-            (parse_quote!(/** A. */ struct A(u32);), "have names"),
-            (parse_quote!(/** A. */ struct A<T> { /** A. */ a: T }), "not generic"),
-            (parse_quote!(/** A. */ enum A { B }), "an enum takes ConfigEnum"),
-            (parse_quote!(/** A. */ struct A { /** T. */ r#type: u32 }), "chooses the component"),
-            (parse_quote!(/** A. */ struct A { /** B. */ #[config(minimum = 1)] b: u32 }), "takes: default, min"),
-            (parse_quote!(/** A. */ #[config(check = f)] struct A;), "takes: validate"),
+            (
+                parse_quote!(
+                    struct A {
+                        a: u32,
+                    }
+                ),
+                documented,
+            ),
+            (
+                parse_quote!(
+                    /** A. */
+                    struct A {
+                        a: u32,
+                    }
+                ),
+                documented,
+            ),
+            (
+                parse_quote!(
+                    /** */
+                    struct A;
+                ),
+                documented,
+            ),
+            (
+                parse_quote!(
+                    /** A. */
+                    struct A(u32);
+                ),
+                "have names",
+            ),
+            (
+                parse_quote!(
+                    /** A. */
+                    struct A<T> {
+                        /** A. */
+                        a: T,
+                    }
+                ),
+                "not generic",
+            ),
+            (
+                parse_quote!(
+                    /** A. */
+                    enum A {
+                        B,
+                    }
+                ),
+                "an enum takes ConfigEnum",
+            ),
+            (
+                parse_quote!(
+                    /** A. */
+                    struct A {
+                        /** T. */
+                        r#type: u32,
+                    }
+                ),
+                "chooses the component",
+            ),
+            (
+                parse_quote!(
+                    /** A. */
+                    struct A {
+                        /** B. */
+                        #[config(minimum = 1)]
+                        b: u32,
+                    }
+                ),
+                "takes: default, min",
+            ),
+            (
+                parse_quote!(
+                    /** A. */
+                    #[config(check = f)]
+                    struct A;
+                ),
+                "takes: validate",
+            ),
         ];
         for (input, expected) in cases {
             let error = derive(&input).expect_err("refused").to_string();
@@ -469,7 +415,14 @@ mod tests {
 
     #[test]
     fn a_value_that_is_no_literal_is_a_compile_error_at_its_place() {
-        let input: DeriveInput = parse_quote!(/** A. */ struct A { /** B. */ #[config(default = 1, min = 2 + 3)] b: u32 });
+        let input: DeriveInput = parse_quote!(
+            /** A. */
+            struct A {
+                /** B. */
+                #[config(default = 1, min = 2 + 3)]
+                b: u32,
+            }
+        );
         let tokens = derive(&input).expect("expands").to_string();
         assert!(tokens.contains("compile_error") && tokens.contains("written out in full"), "{tokens}");
     }
@@ -477,9 +430,29 @@ mod tests {
     #[test]
     fn what_cannot_be_a_choice_is_refused_in_words() {
         let cases: Vec<(DeriveInput, &str)> = vec![
-            (parse_quote!(enum A { B }), "what the choice means"),
-            (parse_quote!(enum A { /** B. */ B(u32) }), "one word"),
-            (parse_quote!(struct A;), "a struct takes Config"),
+            (
+                parse_quote!(
+                    enum A {
+                        B,
+                    }
+                ),
+                "what the choice means",
+            ),
+            (
+                parse_quote!(
+                    enum A {
+                        /** B. */
+                        B(u32),
+                    }
+                ),
+                "one word",
+            ),
+            (
+                parse_quote!(
+                    struct A;
+                ),
+                "a struct takes Config",
+            ),
         ];
         for (input, expected) in cases {
             let error = derive_enum(&input).expect_err("refused").to_string();
