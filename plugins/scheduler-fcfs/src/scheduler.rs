@@ -1,0 +1,204 @@
+//! Runs sessions in order of arrival, which is the order of the view; a preempted session so keeps its place.
+//!
+//! Sessions that run go on. A new one is admitted when the rest of its prompt fits into the pages that
+//! those before it leave, and nobody overtakes one that has to wait. Admitting chunk by chunk instead
+//! would fill the pages with half-computed prompts that then preempt each other.
+
+use setu_core::prelude::*;
+use setu_core::view::KvGroupView;
+
+use crate::config::FcfsConfig;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Fcfs {
+    config: FcfsConfig,
+    /// By KV group, pages that the sessions before the one looked at leave. Kept to spare an allocation a step.
+    left: Vec<u32>,
+}
+
+impl Component for Fcfs {
+    type Config = FcfsConfig;
+    const KEY: &'static str = "fcfs";
+    const DESCRIPTION: &'static str = "Runs sessions in order of arrival.";
+
+    fn build(config: FcfsConfig) -> Result<Self> {
+        Ok(Fcfs { config, left: Vec::new() })
+    }
+}
+
+impl Scheduler for Fcfs {
+    fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
+        self.left.clear();
+        self.left.extend(view.kv_groups.iter().map(KvGroupView::available_pages));
+        let mut admitting = true;
+        let mut first = true;
+        for session in view.sessions.iter().filter(|session| session.state() != SessionState::Held) {
+            if self.expired(view, session, decisions) {
+                continue;
+            }
+            let running = matches!(session.state(), SessionState::Prefilling | SessionState::Decoding);
+            // The first runs whatever its estimate says, or a prompt as long as the pool would wait forever.
+            if running || (admitting && (first || self.has_room(view, session))) {
+                self.take(view, session);
+                decisions.run(session.id);
+                first = false;
+            } else {
+                let reason =
+                    if admitting { "its prompt needs more pages than are left" } else { "behind one that waits" };
+                admitting = false;
+                if decisions.is_recording() {
+                    decisions.wait(session.id, reason);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Fcfs {
+    /// Rejects a session whose time in the queue is over, and asks to be called when that of another will be.
+    fn expired(&self, view: &StepView<'_>, session: &SessionView, decisions: &mut Decisions<'_>) -> bool {
+        let timeout_s = self.config.queue_timeout_s;
+        if timeout_s == 0.0 || session.has_run() {
+            return false;
+        }
+        let expires_s = session.arrival_s + timeout_s;
+        if expires_s > view.now_s {
+            decisions.wake_at(expires_s);
+            return false;
+        }
+        let waited_s = session.waited_s(view.now_s);
+        let reason =
+            format!("waited {waited_s:.1} s without running; the scheduler's queue_timeout_s is {timeout_s} s");
+        decisions.reject(session.id, &reason, None);
+        true
+    }
+
+    fn has_room(&self, view: &StepView<'_>, session: &SessionView) -> bool {
+        let mut groups = view.kv_groups.iter().zip(&self.left);
+        groups.all(|(group, &left)| pages_needed(view, group, session) <= left)
+    }
+
+    /// Sets aside what `session` needs, and a page more, so that its answer can grow without preempting anybody.
+    fn take(&mut self, view: &StepView<'_>, session: &SessionView) {
+        for (group, left) in view.kv_groups.iter().zip(&mut self.left) {
+            *left = left.saturating_sub(pages_needed(view, group, session).saturating_add(1));
+        }
+    }
+}
+
+/// New pages for all that `session` has yet to compute; behind a window, no more than stay in use.
+fn pages_needed(view: &StepView<'_>, group: &KvGroupView, session: &SessionView) -> u32 {
+    let cached = if session.pages_held == 0 { session.cached_tokens } else { 0 };
+    let mut tokens = session.len_tokens.saturating_sub(session.scheduled_tokens.max(cached));
+    if group.window_tokens > 0 {
+        tokens = tokens.min(group.window_tokens.saturating_add(view.token_budget));
+    }
+    group.pages_for(session, tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use setu_core::scheduler::Verdict;
+    use setu_testkit::views::Scene;
+
+    use super::*;
+
+    fn fcfs(queue_timeout_s: f64) -> Fcfs {
+        Fcfs::build(FcfsConfig { queue_timeout_s }).unwrap()
+    }
+
+    #[test]
+    fn everybody_runs_in_order_of_arrival() {
+        let mut scene = Scene::new(5.0);
+        scene.decoding(4, 1.0, 20, 3);
+        scene.waiting(9, 2.0, 50).set_state(SessionState::Preempted);
+        scene.waiting(5, 2.0, 50).set_state(SessionState::Held);
+        scene.prefilling(6, 3.0, 500, 100);
+        scene.waiting(7, 3.0, 10);
+        assert_eq!(scene.schedule(&mut fcfs(30.0)).running(), [4, 9, 6, 7]);
+    }
+
+    #[test]
+    fn a_prompt_is_admitted_only_if_all_of_it_fits_behind_those_before() {
+        // Three pages of 16 tokens are free; (prompts waiting, which of them run) behind one that decodes.
+        let cases: [(&[u32], &[u64]); 5] = [
+            (&[16], &[0, 1]),
+            (&[32], &[0, 1]),
+            (&[33], &[0]),
+            // The first one admitted leaves no page behind that it may grow into, and nobody overtakes.
+            (&[16, 16], &[0, 1]),
+            (&[48, 1], &[0]),
+        ];
+        for (prompts, expected) in cases {
+            let mut scene = Scene::new(5.0);
+            scene.kv_groups[0].free_pages = 2;
+            scene.kv_groups[0].reclaimable_pages = 1;
+            scene.decoding(0, 0.0, 20, 3);
+            for (id, &prompt) in (1..).zip(prompts) {
+                scene.waiting(id, 1.0, prompt);
+            }
+            assert_eq!(scene.schedule(&mut fcfs(0.0)).running(), expected, "{prompts:?}");
+        }
+    }
+
+    #[test]
+    fn those_that_run_go_on_without_pages_and_the_first_always_runs() {
+        let mut scene = Scene::new(5.0);
+        scene.kv_groups[0].free_pages = 0;
+        scene.waiting(1, 0.0, 1_000_000);
+        scene.waiting(2, 0.0, 1);
+        scene.decoding(3, 1.0, 16, 1);
+        let decided = scene.schedule(&mut fcfs(0.0));
+        assert_eq!(decided.running(), [1, 3]);
+        assert_eq!(decided.decisions[1], (2, Verdict::Wait, "its prompt needs more pages than are left".to_owned()));
+    }
+
+    #[test]
+    fn cached_tokens_and_windows_need_no_pages() {
+        let mut scene = Scene::new(5.0);
+        scene.kv_groups = vec![KvGroupView::new(16, 0, 10), KvGroupView::new(16, 32, 10)];
+        scene.budgets.tokens = 64;
+        scene.decoding(1, 0.0, 10, 1);
+        scene.waiting(2, 0.0, 800).cached_tokens = 720;
+        scene.waiting(3, 0.0, 64);
+        assert_eq!(scene.schedule(&mut fcfs(0.0)).running(), [1, 2]);
+        scene.kv_groups[0] = KvGroupView::new(16, 0, 1000);
+        scene.sessions[1].cached_tokens = 0;
+        assert_eq!(scene.schedule(&mut fcfs(0.0)).running(), [1, 2], "a window bounds what the group needs");
+    }
+
+    #[test]
+    fn a_session_that_waited_too_long_is_told_so() {
+        let mut scene = Scene::new(31.5);
+        scene.waiting(1, 1.0, 10);
+        scene.waiting(2, 1.5, 10);
+        scene.waiting(3, 7.0, 10);
+        scene.waiting(4, 0.0, 10).set_state(SessionState::Preempted);
+        scene.sessions[3].first_run_s = 2.0;
+        let decided = scene.schedule(&mut fcfs(30.0));
+        let text = |waited: &str| format!("waited {waited} s without running; the scheduler's queue_timeout_s is 30 s");
+        assert_eq!(decided.rejected(), [(1, text("30.5").as_str()), (2, text("30.0").as_str())]);
+        assert_eq!(decided.running(), [3, 4]);
+        assert_eq!(decided.wake_at_s, 37.0);
+    }
+
+    #[test]
+    fn without_timeout_nobody_is_rejected_or_woken_for() {
+        let mut scene = Scene::new(1e6);
+        scene.waiting(1, 0.0, 10);
+        let decided = scene.schedule(&mut fcfs(0.0));
+        assert_eq!((decided.running(), decided.wake_at_s), (vec![1], f64::INFINITY));
+    }
+
+    #[test]
+    fn being_woken_at_the_time_asked_for_rejects() {
+        for arrival_s in [0.1, 0.3, 1.0 / 3.0, 1e9 + 0.7] {
+            let mut scene = Scene::new(arrival_s);
+            scene.waiting(1, arrival_s, 10);
+            scene.now_s = scene.schedule(&mut fcfs(0.7)).wake_at_s;
+            assert_eq!(scene.schedule(&mut fcfs(0.7)).rejected().len(), 1, "{arrival_s}");
+        }
+    }
+}
