@@ -1,1 +1,3 @@
-//! host
+//! The host: what stands around the engine in the `setu` program.
+
+pub mod config;

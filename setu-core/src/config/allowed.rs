@@ -81,15 +81,15 @@ impl FieldInfo {
     fn number_allowed(&self, plural: bool, bounds: Bounds) -> String {
         let scalar = self.kind.scalar();
         let noun = match (self.power_of_two, self.multiple_of, plural) {
-            (true, Some(n), false) => format!("a power of two that is a multiple of {}", self.with_unit(n)),
-            (true, Some(n), true) => format!("powers of two that are multiples of {}", self.with_unit(n)),
+            (true, Some(n), false) => format!("a power of two that is a multiple of {}", self.number_text(n)),
+            (true, Some(n), true) => format!("powers of two that are multiples of {}", self.number_text(n)),
             (true, None, false) => "a power of two".into(),
             (true, None, true) => "powers of two".into(),
-            (false, Some(n), false) => format!("a multiple of {}", self.with_unit(n)),
-            (false, Some(n), true) => format!("multiples of {}", self.with_unit(n)),
+            (false, Some(n), false) => format!("a multiple of {}", self.number_text(n)),
+            (false, Some(n), true) => format!("multiples of {}", self.number_text(n)),
             (false, None, _) => match (scalar, plural) {
-                (Scalar::Bytes, false) => "a size such as 2GiB".into(),
-                (Scalar::Bytes, true) => "sizes such as 2GiB".into(),
+                (Scalar::Bytes, false) => "a size (such as 2GiB)".into(),
+                (Scalar::Bytes, true) => "sizes (such as 2GiB)".into(),
                 (_, false) if scalar.is_float() => "a number".into(),
                 (_, true) if scalar.is_float() => "numbers".into(),
                 (_, false) => "an integer".into(),
@@ -132,7 +132,7 @@ impl FieldInfo {
         if self.non_empty { "one or more " } else { "" }
     }
 
-    fn with_unit(&self, n: u64) -> String {
+    fn number_text(&self, n: u64) -> String {
         match self.kind.scalar() {
             Scalar::Bytes => size_text(n),
             _ => n.to_string(),

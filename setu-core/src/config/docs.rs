@@ -102,7 +102,11 @@ impl ConfigSpec {
             if let Some(first) = allowed.get_mut(..1) {
                 first.make_ascii_uppercase();
             }
-            text += &comment(&format!("{allowed}."));
+            text += &comment(&match (&field.default, field.optional) {
+                (Some(_), _) => format!("{allowed}."),
+                (None, true) => format!("{allowed}. Not set by default."),
+                (None, false) => format!("{allowed}. It must be set."),
+            });
             if let Some(instead) = &field.deprecated {
                 text += &comment(&format!("Deprecated: {instead}"));
             }

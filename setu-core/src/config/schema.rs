@@ -11,11 +11,6 @@ impl ConfigSpec {
     pub fn schema_properties(&self) -> Map<String, Value> {
         self.fields.iter().map(|field| (field.name.clone(), field.schema())).collect()
     }
-
-    /// The settings that a file would have to hold if nothing else set them.
-    pub fn required(&self) -> Vec<&str> {
-        self.fields.iter().filter(|field| field.is_required()).map(|field| field.name.as_str()).collect()
-    }
 }
 
 impl FieldInfo {

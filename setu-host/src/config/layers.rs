@@ -1,0 +1,234 @@
+//! The layers that may set a value, and every assignment in them, lowest layer first.
+
+use std::ffi::OsString;
+use std::fmt;
+
+use setu_core::config::{ConfigSpec, dotted, environment_name, nearest, shown};
+
+use super::diagnostic::{Diagnostic, Place};
+use super::file::{ConfigFile, Entry, Node, NodeKind};
+use super::layout::{Layout, Section};
+
+/// What the user gave: the file, then the environment over it, then the flags over both.
+#[derive(Clone, Debug, Default)]
+pub struct Layers {
+    pub file: Option<ConfigFile>,
+    /// The variables that open with `SETU_`.
+    pub environment: Vec<(String, String)>,
+    pub flags: Vec<Override>,
+}
+
+/// One setting on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Override {
+    /// Empty for a setting of the root.
+    pub section: String,
+    pub key: String,
+    /// The flag as typed, with its dashes.
+    pub flag: String,
+    /// One text for each time that the flag was given; only a list takes several.
+    pub texts: Vec<String>,
+}
+
+/// Where a final value comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Default,
+    File { name: String, line: usize, column: usize },
+    Environment(String),
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::Default => f.write_str("default"),
+            Origin::File { name, line, column } => write!(f, "{name}:{line}:{column}"),
+            Origin::Environment(name) => f.write_str(name),
+            Origin::Flag(flag) => f.write_str(flag),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Layer {
+    File,
+    Environment,
+    Flag,
+}
+
+/// One `section.key = value` of one layer.
+#[derive(Clone, Debug)]
+pub(super) struct Assignment<'a> {
+    pub layer: Layer,
+    pub section: String,
+    pub key: String,
+    pub given: Given<'a>,
+    pub key_place: Place,
+    pub origin: Origin,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Given<'a> {
+    Node(&'a Node),
+    Texts(Vec<String>),
+}
+
+impl Layers {
+    /// Takes the variables that are meant for Setu out of the process's environment.
+    ///
+    /// Values that are no Unicode keep a mark in place of what isn't, which then no field accepts but text.
+    pub fn take_environment(&mut self, variables: impl IntoIterator<Item = (OsString, OsString)>) {
+        let ours = variables.into_iter().filter_map(|(name, value)| {
+            let name = name.into_string().ok().filter(|name| name.starts_with("SETU_"))?;
+            Some((name, value.to_string_lossy().into_owned()))
+        });
+        self.environment.extend(ours);
+        self.environment.sort();
+    }
+
+    /// Every assignment, and what names nothing that exists.
+    pub(super) fn assignments(&self, layout: &Layout) -> (Vec<Assignment<'_>>, Vec<Diagnostic>) {
+        let (mut found, mut problems) = (Vec::new(), Vec::new());
+        if let Some(file) = &self.file {
+            for entry in &file.entries {
+                file_entry(file, entry, layout, &mut found, &mut problems);
+            }
+        }
+        for (name, value) in &self.environment {
+            match variable(name, layout) {
+                Ok(Some((section, key))) => found.push(Assignment {
+                    layer: Layer::Environment,
+                    section,
+                    key,
+                    given: Given::Texts(vec![value.clone()]),
+                    key_place: Place::Environment(name.clone()),
+                    origin: Origin::Environment(name.clone()),
+                }),
+                Ok(None) => {}
+                Err(problem) => problems.push(problem),
+            }
+        }
+        found.extend(self.flags.iter().map(|flag| Assignment {
+            layer: Layer::Flag,
+            section: flag.section.clone(),
+            key: flag.key.clone(),
+            given: Given::Texts(flag.texts.clone()),
+            key_place: Place::Flag(flag.flag.clone()),
+            origin: Origin::Flag(flag.flag.clone()),
+        }));
+        (found, problems)
+    }
+}
+
+fn file_entry<'a>(
+    file: &ConfigFile,
+    entry: &'a Entry,
+    layout: &Layout,
+    found: &mut Vec<Assignment<'a>>,
+    problems: &mut Vec<Diagnostic>,
+) {
+    let assignment = |section: &str, entry: &'a Entry| {
+        let position = file.source.position(entry.node.span.start);
+        Assignment {
+            layer: Layer::File,
+            section: section.to_owned(),
+            key: entry.key.clone(),
+            given: Given::Node(&entry.node),
+            key_place: Place::File(entry.key_span.clone()),
+            origin: Origin::File { name: file.source.name.clone(), line: position.line, column: position.column },
+        }
+    };
+    let (name, key_place) = (entry.key.as_str(), Place::File(entry.key_span.clone()));
+    if layout.root.field(name).is_some() {
+        found.push(assignment("", entry));
+        return;
+    }
+    if let Some(section) = layout.section(name) {
+        match &entry.node.kind {
+            NodeKind::Table(entries) => found.extend(entries.iter().map(|entry| assignment(name, entry))),
+            _ => problems.push(no_table(file, entry, section)),
+        }
+        return;
+    }
+    if let Some((_, why)) = layout.reserved.iter().find(|(reserved, _)| reserved == name) {
+        let message = match &entry.node.kind {
+            NodeKind::Table(_) => format!("[{name}] is {why}"),
+            _ => format!("{name} can only be a table: [{name}] is {why}"),
+        };
+        problems.push(Diagnostic::error(message).at(key_place));
+        return;
+    }
+    let sections = layout.sections.iter().map(|section| section.name.as_str());
+    let settings = layout.root.fields.iter().map(|field| field.name.as_str());
+    let shown_name = shown(name);
+    let mut problem = if matches!(entry.node.kind, NodeKind::Table(_)) {
+        let known: Vec<String> = sections.clone().map(|name| format!("[{name}]")).collect();
+        Diagnostic::error(format!("there is no section [{shown_name}]; known: {}", known.join(", ")))
+    } else {
+        Diagnostic::error(format!("there is no setting {shown_name} outside of a section"))
+    };
+    if let Some(nearest) = nearest(name, sections.chain(settings)) {
+        problem.message += &format!("; did you mean {nearest:?}?");
+    } else if let Some(section) = layout.sections.iter().find(|section| section.combined(None).field(name).is_some()) {
+        problem.message += &format!("; it belongs below [{}]", section.name);
+    }
+    problems.push(problem.at(key_place));
+}
+
+fn no_table(file: &ConfigFile, entry: &Entry, section: &Section) -> Diagnostic {
+    let name = &section.name;
+    let found = shown(file.source.slice(entry.node.span.clone()));
+    let problem = Diagnostic::error(format!("{name} must be a table, [{name}], found {found}"))
+        .at(Place::File(entry.node.span.clone()));
+    match &entry.node.kind {
+        NodeKind::Scalar(serde_json::Value::String(_)) if section.components.is_some() => {
+            problem.note(format!("to choose a {name}, write {name}.type = {found}"))
+        }
+        _ => problem,
+    }
+}
+
+/// The section and key that a variable names; `None` for a variable that is no setting.
+fn variable(name: &str, layout: &Layout) -> Result<Option<(String, String)>, Diagnostic> {
+    if layout.other_variables.iter().any(|other| other == name) {
+        return Ok(None);
+    }
+    let rest = name.strip_prefix("SETU_").unwrap_or(name);
+    let (section, key) = rest.split_once("__").unwrap_or(("", rest));
+    let (section, key) = (section.to_lowercase(), key.to_lowercase());
+    let known = if section.is_empty() {
+        layout.root.field(&key).is_some()
+    } else {
+        // Whether the key exists is decided with the component known, and told in the same words as for the file.
+        layout.section(&section).is_some()
+    };
+    if known && environment_name(&section, &key) == name {
+        return Ok(Some((section, key)));
+    }
+    let mut message = format!("this variable names no setting ({})", dotted(&section, &key));
+    if let Some(nearest) = nearest(name, variables(layout).iter().map(String::as_str)) {
+        message += &format!("; did you mean {nearest}?");
+    }
+    let known: Vec<String> = layout.sections.iter().map(|section| environment_name(&section.name, "") + "…").collect();
+    Err(Diagnostic::error(message)
+        .at(Place::Environment(name.to_owned()))
+        .note(format!("variables that set something open with {}", known.join(", "))))
+}
+
+/// Every variable that could set something.
+fn variables(layout: &Layout) -> Vec<String> {
+    let names = |section: &str, spec: &ConfigSpec| -> Vec<String> {
+        spec.fields.iter().map(|field| environment_name(section, &field.name)).collect()
+    };
+    let mut all = names("", &layout.root);
+    for section in &layout.sections {
+        all.extend(names(&section.name, &section.own));
+        for component in section.components.iter().flat_map(|components| components.known.values()) {
+            all.push(environment_name(&section.name, "type"));
+            all.extend(names(&section.name, &component.spec));
+        }
+    }
+    all.extend(layout.other_variables.iter().cloned());
+    all
+}
