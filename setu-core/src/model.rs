@@ -3,6 +3,8 @@
 //! The graph crosses the ABI once, at load, so a model plugin costs nothing per token and runs on every
 //! backend. See [`crate::graph`] for the op set.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
@@ -44,6 +46,10 @@ pub struct CheckpointInfo {
     /// without arrays of more than 4,096 elements.
     pub metadata: serde_json::Value,
     pub tensors: Vec<TensorInfo>,
+    /// Values of small tensors that shape a graph rather than run in it: of every F32 tensor of one
+    /// dimension, at most 4,096 elements and `rope` in its name, such as GGUF's `rope_freqs.weight`.
+    #[serde(default)]
+    pub constants: BTreeMap<String, Vec<f32>>,
 }
 
 /// A tensor's name, format and shape.
@@ -70,7 +76,7 @@ impl CheckpointInfo {
         metadata: serde_json::Value,
         tensors: Vec<TensorInfo>,
     ) -> CheckpointInfo {
-        CheckpointInfo { format, architecture: architecture.into(), metadata, tensors }
+        CheckpointInfo { format, architecture: architecture.into(), metadata, tensors, constants: BTreeMap::new() }
     }
 
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
