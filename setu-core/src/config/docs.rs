@@ -41,7 +41,8 @@ impl FieldInfo {
         for choice in self.choices.iter().filter(|choice| !choice.help.is_empty()) {
             let _ = write!(text, "\n- {}: {}", choice.name, choice.help);
         }
-        let _ = write!(text, " [{}]", self.allowed());
+        text.push(if text.contains('\n') { '\n' } else { ' ' });
+        let _ = write!(text, "[{}]", self.allowed());
         if let Some(default) = &self.default {
             let _ = write!(text, " [default: {}]", toml_text(default));
         }

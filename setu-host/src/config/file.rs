@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
-use setu_core::config::Item;
+use setu_core::config::{Item, shown};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -168,12 +168,17 @@ fn node(value: &Spanned<DeValue<'_>>, depth: usize) -> Node {
     Node { span: value.span(), kind }
 }
 
-/// The parser's words, with the key that a repetition repeats.
+/// The parser's words, put plainly where the mistake is a common one.
 fn syntax_message(source: &Source, span: &Range<usize>, message: &str) -> String {
-    let text = source.slice(span.clone());
+    let text = shown(source.slice(span.clone()));
+    let bare_word = !text.is_empty() && text.chars().all(|char| char.is_alphanumeric() || "_-./".contains(char));
+    let unquoted = message.starts_with("string values must be quoted") || message.starts_with("invalid boolean");
     if message.contains("duplicate") {
-        let key = setu_core::config::shown(text.trim_matches(['"', '\'']));
-        return format!("{key:?} is set twice in one table; remove one of the two");
+        return format!("{:?} is set twice in one table; remove one of the two", text.trim_matches(['"', '\'']));
     }
-    format!("not TOML: {message}")
+    match (unquoted, bare_word) {
+        (true, true) => format!("not TOML: {text} is no value; text stands in quotes: \"{text}\""),
+        (true, false) if text.is_empty() => "not TOML: a value must follow the `=`".into(),
+        _ => format!("not TOML: {message}"),
+    }
 }

@@ -15,6 +15,8 @@ pub struct Layers {
     pub file: Option<ConfigFile>,
     /// The variables that open with `SETU_`.
     pub environment: Vec<(String, String)>,
+    /// Those of them whose value is no text.
+    pub unreadable: Vec<String>,
     pub flags: Vec<Override>,
 }
 
@@ -76,14 +78,14 @@ pub(super) enum Given<'a> {
 
 impl Layers {
     /// Takes the variables that are meant for Setu out of the process's environment.
-    ///
-    /// Values that are no Unicode keep a mark in place of what isn't, which then no field accepts but text.
     pub fn take_environment(&mut self, variables: impl IntoIterator<Item = (OsString, OsString)>) {
-        let ours = variables.into_iter().filter_map(|(name, value)| {
-            let name = name.into_string().ok().filter(|name| name.starts_with("SETU_"))?;
-            Some((name, value.to_string_lossy().into_owned()))
-        });
-        self.environment.extend(ours);
+        for (name, value) in variables {
+            let Some(name) = name.into_string().ok().filter(|name| name.starts_with("SETU_")) else { continue };
+            match value.into_string() {
+                Ok(value) => self.environment.push((name, value)),
+                Err(_) => self.unreadable.push(name),
+            }
+        }
         self.environment.sort();
     }
 
@@ -109,6 +111,10 @@ impl Layers {
                 Err(problem) => problems.push(problem),
             }
         }
+        let unreadable = self.unreadable.iter().filter(|name| !layout.other_variables.contains(name));
+        problems.extend(unreadable.map(|name| {
+            Diagnostic::error("the value of this variable is not UTF-8 text").at(Place::Environment(name.clone()))
+        }));
         found.extend(self.flags.iter().map(|flag| Assignment {
             layer: Layer::Flag,
             section: flag.section.clone(),

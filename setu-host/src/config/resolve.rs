@@ -78,7 +78,7 @@ impl Resolver<'_> {
         let name = section.name.clone();
         let Some(components) = &section.components else {
             let strangers = given.iter().filter(|assignment| section.own.field(&assignment.key).is_none());
-            self.problems.extend(strangers.map(|assignment| unknown(section, None, assignment)));
+            self.problems.extend(strangers.map(|assignment| unknown(layout, section, None, assignment)));
             let own = self.table(&name, &section.own, given);
             return SectionSettings { name, chosen: None, own, options: Vec::new() };
         };
@@ -100,14 +100,14 @@ impl Resolver<'_> {
                 // With the type unknown, nobody can tell which settings it has.
                 Choice::Wrong => {}
                 Choice::Later if section.components_with(&assignment.key).next().is_some() => {}
-                Choice::Later => self.problems.push(unknown(section, None, assignment)),
+                Choice::Later => self.problems.push(unknown(layout, section, None, assignment)),
                 Choice::Component(chosen, _) => {
                     let replaced = chosen_layer.is_some_and(|layer| assignment.layer < layer)
                         && section.components_with(&assignment.key).next().is_some();
                     self.problems.push(if replaced {
                         left_over(section, chosen, assignment)
                     } else {
-                        unknown(section, Some(chosen), assignment)
+                        unknown(layout, section, Some(chosen), assignment)
                     });
                 }
             }
@@ -252,7 +252,7 @@ fn how_to_set(section: &str, key: &str) -> String {
     format!("set {key} {table}, --{}, or {}", dotted(section, key), environment_name(section, key))
 }
 
-fn unknown(section: &Section, chosen: Option<&Chosen>, assignment: &Assignment<'_>) -> Diagnostic {
+fn unknown(layout: &Layout, section: &Section, chosen: Option<&Chosen>, assignment: &Assignment<'_>) -> Diagnostic {
     let (name, key) = (&section.name, &assignment.key);
     let owners: Vec<String> = section.components_with(key).map(|(key, _)| format!("{key:?}")).collect();
     let message = match chosen {
@@ -271,7 +271,11 @@ fn unknown(section: &Section, chosen: Option<&Chosen>, assignment: &Assignment<'
             problem.sentence(&prefix(name))
         }
     };
-    Diagnostic::error(message).at(assignment.key_place.clone())
+    let problem = Diagnostic::error(message).at(assignment.key_place.clone());
+    if layout.section(key).is_some() {
+        return problem.note(format!("what stands below [{name}] belongs to it; [{key}] opens the other section"));
+    }
+    problem
 }
 
 fn left_over(section: &Section, chosen: &Chosen, assignment: &Assignment<'_>) -> Diagnostic {

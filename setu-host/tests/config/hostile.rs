@@ -1,6 +1,6 @@
 //! Files that nobody wrote in good faith: an answer each, and no panic.
 
-use setu_host::config::{ConfigFile, MAX_BYTES, Source};
+use setu_host::config::{ConfigFile, Layers, MAX_BYTES, Source};
 
 use crate::toys::resolve;
 
@@ -76,6 +76,24 @@ fn what_is_shown_cannot_steer_a_terminal() {
     assert!(!report.chars().any(|char| char.is_control() && char != '\n'), "{report:?}");
 }
 
+#[cfg(unix)]
+#[test]
+fn a_variable_that_is_no_text_is_named() {
+    use std::os::unix::ffi::OsStringExt;
+
+    let mut layers = Layers::default();
+    let bytes = || std::ffi::OsString::from_vec(b"\xff".to_vec());
+    layers.take_environment([
+        ("SETU_MODEL__NAME".into(), bytes()),
+        ("SETU_UPDATE".into(), bytes()),
+        ("OTHER".into(), bytes()),
+        (bytes(), bytes()),
+    ]);
+    let report = setu_host::config::resolve(&crate::toys::layout(), &layers).unwrap_err().to_string();
+    assert!(report.starts_with("SETU_MODEL__NAME: the value of this variable is not UTF-8 text\n"), "{report}");
+    assert!(!report.contains("SETU_UPDATE"), "{report}");
+}
+
 #[test]
 fn a_long_line_is_shown_around_its_problem() {
     let text = format!("plugins = [{} 5, {}]", "\"x\",".repeat(100), "\"y\",".repeat(100));
@@ -132,7 +150,7 @@ fn mutated_files_are_answered() {
         let Ok(source) = Source::from_bytes("setu.toml", bytes) else { continue };
         let lines = source.text.lines().count() + 1;
         let result = ConfigFile::parse(source).and_then(|file| {
-            let layers = setu_host::config::Layers { file: Some(file), ..Default::default() };
+            let layers = Layers { file: Some(file), ..Default::default() };
             setu_host::config::resolve(&crate::toys::layout(), &layers)
         });
         if let Err(report) = result {

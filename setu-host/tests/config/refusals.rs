@@ -57,6 +57,14 @@ setu.toml:3:1: scheduler.preempt is a setting of scheduler \"priority\", and the
   3 | preempt = true
     | ^^^^^^^",
         ),
+        (
+            "[engine]\nscheduler.type = \"fcfs\"",
+            "\
+setu.toml:3:1: there is no setting engine.scheduler; known: page_tokens, kv_memory, prefix_cache, seed, turn_ms
+  3 | scheduler.type = \"fcfs\"
+    | ^^^^^^^^^
+  note: what stands below [engine] belongs to it; [scheduler] opens the other section",
+        ),
         // Wrong types and ranges.
         (
             "[scheduler]\n  queue_timeout_s = -1 # never",
@@ -205,10 +213,14 @@ setu.toml:4:2: \"engine\" is set twice in one table; remove one of the two
 fn text_that_is_no_toml_is_refused_where_it_stops_to_be() {
     for (text, place) in [
         ("[engine\nseed = 1", "setu.toml:2:8: not TOML: "),
-        ("[engine]\nseed = ", "setu.toml:3:8: not TOML: "),
+        ("[engine]\nseed = ", "setu.toml:3:8: not TOML: a value must follow the `=`\n"),
         ("[engine]\nseed 1", "setu.toml:3:"),
         ("[engine]\nseed = \"a", "setu.toml:3:"),
-        ("[engine]\nseed = fcfs", "setu.toml:3:8: not TOML: "),
+        ("[scheduler]\ntype = fcfs", "setu.toml:3:8: not TOML: fcfs is no value; text stands in quotes: \"fcfs\"\n"),
+        (
+            "[scheduler]\ntype = priority",
+            "setu.toml:3:8: not TOML: priority is no value; text stands in quotes: \"priority\"\n",
+        ),
         ("a = \"\0\"", "setu.toml:2:6: not TOML: "),
         ("[engine]\nseed = {", "setu.toml:3:"),
     ] {
