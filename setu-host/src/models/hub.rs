@@ -1,0 +1,312 @@
+//! Models from the Hugging Face Hub.
+//!
+//! They are kept in the Hub's own cache, laid out as its tools do (crate `hf-hub` knows how), so that nothing
+//! is fetched twice on a machine that uses both. The transfer is Setu's ([`super::transfer`]): that crate's
+//! checks no digest, waits for ever on a stalled connection, and makes paths of what a server answers.
+
+use super::catalogue::PinnedFile;
+use super::digest::Digest;
+use super::files::{Lock, Stamp, beside, create_parent, io_error, land, remove};
+use super::manifest::{Check, Manifest, ManifestFile};
+use super::name::HubName;
+use super::progress::Progress;
+use super::repository::{Choice, Repository, RepositoryFile, choose};
+use super::transfer::{Client, Failure, Wanted};
+use hf_hub::{Cache, CacheRepo, Repo, RepoType};
+use setu_core::{Error, Result};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How the Hub is reached, and where its files are kept.
+#[derive(Clone, Debug)]
+pub struct HubOptions {
+    /// The address of the Hub or of a mirror.
+    pub endpoint: String,
+    /// Shows who asks, for gated and private repositories.
+    pub token: Option<String>,
+    /// The Hub's cache on this machine.
+    pub cache: PathBuf,
+    /// Before the first retry of a request that failed; it doubles with each.
+    pub retry_wait: Duration,
+}
+
+impl HubOptions {
+    /// The public Hub, with its files below `cache`.
+    pub fn at(cache: impl Into<PathBuf>) -> HubOptions {
+        HubOptions {
+            endpoint: "https://huggingface.co".to_string(),
+            token: None,
+            cache: cache.into(),
+            retry_wait: Duration::from_millis(500),
+        }
+    }
+}
+
+/// A checkpoint of the Hub that is on this machine.
+pub(super) struct HubModel {
+    pub path: PathBuf,
+    pub license: Option<String>,
+    pub fetched: bool,
+}
+
+pub(super) struct Hub<'a> {
+    options: &'a HubOptions,
+    manifests: PathBuf,
+    offline: bool,
+}
+
+impl<'a> Hub<'a> {
+    pub fn new(options: &'a HubOptions, manifests: PathBuf, offline: bool) -> Hub<'a> {
+        Hub { options, manifests, offline }
+    }
+
+    /// What is on this machine is used without asking the Hub whether a branch has moved on.
+    pub fn resolve(&self, name: &HubName, progress: &mut dyn Progress) -> Result<HubModel> {
+        let id = name.to_string();
+        if let Some(mut manifest) = Manifest::load(&self.manifests, &id) {
+            let check = manifest.check(&self.options.cache, progress)?;
+            if check == Check::Touched {
+                manifest.save(&self.manifests)?;
+            }
+            if check != Check::Differs {
+                let path = manifest.checkpoint(&self.options.cache);
+                return Ok(HubModel { path, license: manifest.license, fetched: false });
+            }
+        }
+        let single = name.file.as_deref().is_some_and(|file| file.to_ascii_lowercase().ends_with(".gguf"));
+        if let Some(path) = self.of_other_tools(name).filter(|_| single || self.offline) {
+            return Ok(HubModel { path, license: None, fetched: false });
+        }
+        self.fetch(name, progress)
+    }
+
+    /// Asks the Hub what the revision is now, and fetches what is missing of it.
+    pub fn fetch(&self, name: &HubName, progress: &mut dyn Progress) -> Result<HubModel> {
+        if self.offline {
+            return Err(Error::unsupported(format!(
+                "{name} is not, or not whole, in {}, and SETU_OFFLINE is set; unset it, or run `setu model pull {name}` \
+                 where there is a network and copy that folder and Setu's cache",
+                self.options.cache.display()
+            )));
+        }
+        let client = self.client();
+        let repository = self.describe(&client, name)?;
+        let Choice { files, main } = choose(name, &repository.files)?;
+        Manifest::forget(&self.manifests, &name.to_string())?;
+        let cache = self.cache_of(name);
+        let snapshot = cache.pointer_path(&repository.commit);
+        let mut manifest = Manifest {
+            name: name.to_string(),
+            snapshot: self.below_cache(&snapshot)?,
+            license: repository.license,
+            main,
+            files: Vec::new(),
+        };
+        let mut fetched = false;
+        for file in &files {
+            fetched |= self.ensure(&client, (name, &repository.commit), file, &cache, progress)?;
+            let pointer = snapshot.join(&file.path);
+            let stamp = Stamp::of(&pointer)?
+                .ok_or_else(|| Error::internal(format!("{} has vanished; try again", pointer.display())))?;
+            manifest.files.push(ManifestFile {
+                path: file.path.clone(),
+                size: stamp.size,
+                modified_ns: stamp.modified_ns,
+                sha256: file.sha256.map(|sha256| sha256.to_string()),
+            });
+        }
+        cache
+            .create_ref(&repository.commit)
+            .map_err(|error| io_error(error, "write a reference in", &self.options.cache))?;
+        manifest.save(&self.manifests)?;
+        Ok(HubModel { path: manifest.checkpoint(&self.options.cache), license: manifest.license, fetched })
+    }
+
+    /// Fetches a file of the catalogue to `target` by way of `staging`.
+    pub fn fetch_pinned(
+        &self,
+        origin: &HubName,
+        file: &PinnedFile,
+        (staging, target): (&Path, &Path),
+        progress: &mut dyn Progress,
+    ) -> Result<()> {
+        let path = origin.file.as_deref().unwrap_or(&file.name);
+        let url = self.url(origin, &origin.revision, path);
+        let partial = staging.join("partial");
+        let wanted = Wanted { what: &file.name, url: &url, size: file.size, sha256: Some(file.sha256) };
+        self.client().file(&wanted, &partial, progress).map_err(|failure| self.explain(failure, origin))?;
+        land(&partial, target)
+    }
+
+    /// The checkpoints that Setu has fetched and that are still there.
+    pub fn manifests(&self) -> Vec<Manifest> {
+        let mut manifests = Manifest::load_all(&self.manifests);
+        manifests.retain(|manifest| manifest.checkpoint(&self.options.cache).exists());
+        manifests
+    }
+
+    /// A checkpoint that something else has put into the Hub's cache. Nothing tells whether all of it is there.
+    fn of_other_tools(&self, name: &HubName) -> Option<PathBuf> {
+        let cache = self.cache_of(name);
+        let reference = self.options.cache.join(self.repo(name).folder_name()).join("refs").join(&name.revision);
+        let commit = std::fs::read_to_string(reference).unwrap_or_else(|_| name.revision.clone());
+        let snapshot = cache.pointer_path(commit.trim());
+        let files = files_of(&snapshot, "", 4);
+        let choice = choose(name, &files).ok()?;
+        Some(choice.main.map_or(snapshot.clone(), |main| snapshot.join(main)))
+    }
+
+    fn describe(&self, client: &Client, name: &HubName) -> Result<Repository> {
+        const MAX_ANSWER: u64 = 32 << 20;
+        let url = format!("{}/api/{}?blobs=true", self.options.endpoint, self.repo(name).api_url());
+        let answer = client.document(&url, MAX_ANSWER).map_err(|failure| self.explain(failure, name))?;
+        Repository::parse(&answer).map_err(|error| error.within(name))
+    }
+
+    /// Makes a file of the snapshot be there; `true` if it had to be fetched.
+    fn ensure(
+        &self,
+        client: &Client,
+        (name, commit): (&HubName, &str),
+        file: &RepositoryFile,
+        cache: &CacheRepo,
+        progress: &mut dyn Progress,
+    ) -> Result<bool> {
+        let blob = cache.blob_path(&file.blob);
+        // The place and the kind of lock that the Hub's Python tools use.
+        let lock = self.options.cache.join(".locks").join(self.repo(name).folder_name());
+        let _lock = Lock::take(
+            &lock.join(format!("{}.lock", file.blob)),
+            &format!("fetching {} of {}", file.path, name.repo),
+            progress,
+        )?;
+        let there = match Stamp::of(&blob)? {
+            Some(stamp) if stamp.size == file.size => match file.sha256 {
+                Some(sha256) => Digest::of_file(&blob, progress)? == sha256,
+                None => true,
+            },
+            _ => false,
+        };
+        if !there {
+            let url = self.url(name, commit, &file.path);
+            let what = format!("{} of {}", file.path, name.repo);
+            let wanted = Wanted { what: &what, url: &url, size: file.size, sha256: file.sha256 };
+            let partial = beside(&blob, ".incomplete");
+            client.file(&wanted, &partial, progress).map_err(|failure| self.explain(failure, name))?;
+            land(&partial, &blob)?;
+        }
+        let pointer = cache.pointer_path(commit).join(&file.path);
+        let depth = file.path.split('/').count() + 1;
+        point(&pointer, &blob, depth).map_err(|error| io_error(error, "create", &pointer))?;
+        Ok(!there)
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.options.token.clone(), self.options.retry_wait)
+    }
+
+    fn repo(&self, name: &HubName) -> Repo {
+        Repo::with_revision(name.repo.clone(), RepoType::Model, name.revision.clone())
+    }
+
+    fn cache_of(&self, name: &HubName) -> CacheRepo {
+        Cache::new(self.options.cache.clone()).repo(self.repo(name))
+    }
+
+    fn url(&self, name: &HubName, revision: &str, file: &str) -> String {
+        let revision = revision.replace('/', "%2F");
+        format!("{}/{}/resolve/{revision}/{}", self.options.endpoint, self.repo(name).url(), encoded(file))
+    }
+
+    fn below_cache(&self, path: &Path) -> Result<String> {
+        path.strip_prefix(&self.options.cache)
+            .ok()
+            .and_then(Path::to_str)
+            .map(|path| path.replace('\\', "/"))
+            .ok_or_else(|| Error::internal(format!("{} lies outside the Hub's cache", path.display())))
+    }
+
+    fn explain(&self, failure: Failure, name: &HubName) -> Error {
+        let endpoint = &self.options.endpoint;
+        match failure {
+            Failure::Fatal(error) => error,
+            Failure::Connection(error) => Error::internal(format!(
+                "{name}: {endpoint} could not be reached, or broke off: {error}; check the network, or set \
+                 HF_ENDPOINT to a mirror, or fetch the model elsewhere and give its path. A second try goes on where \
+                 this one stopped."
+            )),
+            Failure::Status(status) => {
+                let remedy = match (status.as_u16(), &self.options.token) {
+                    (401 | 403, None) => format!(
+                        "there is no such repository, or one has to ask for it: accept its terms at {endpoint}/{}, and \
+                         set HF_TOKEN to a token that may read it",
+                        name.repo
+                    ),
+                    (401 | 403, Some(_)) => format!(
+                        "the token of HF_TOKEN may not read it: see {endpoint}/{} for its terms, and whether the token \
+                         is still valid",
+                        name.repo
+                    ),
+                    (404, _) => format!(
+                        "there is no such repository, revision or file; if a file on this machine is meant, `./{}` \
+                         does not exist either",
+                        name.repo
+                    ),
+                    (429, _) => "it is asked too often; wait a while, or set HF_TOKEN".to_string(),
+                    _ => "try again later, or set HF_ENDPOINT to a mirror".to_string(),
+                };
+                Error::internal(format!("{name}: {endpoint} answers {status}: {remedy}"))
+            }
+        }
+    }
+}
+
+/// Puts `blob` into a snapshot: by a relative link, so that the cache can be moved.
+#[cfg(unix)]
+fn point(pointer: &Path, blob: &Path, depth: usize) -> std::io::Result<()> {
+    let mut target = PathBuf::from("../".repeat(depth));
+    target.push("blobs");
+    target.push(blob.file_name().unwrap_or_default());
+    if std::fs::read_link(pointer).is_ok_and(|there| there == target) {
+        return Ok(());
+    }
+    create_parent(pointer).map_err(std::io::Error::other)?;
+    let staged = beside(pointer, &format!(".{}.new", std::process::id()));
+    remove(&staged).map_err(std::io::Error::other)?;
+    std::os::unix::fs::symlink(&target, &staged)?;
+    std::fs::rename(&staged, pointer)
+}
+
+/// Links need a privilege on Windows, so the snapshot gets a second name of the same file.
+#[cfg(not(unix))]
+fn point(pointer: &Path, blob: &Path, _depth: usize) -> std::io::Result<()> {
+    create_parent(pointer).map_err(std::io::Error::other)?;
+    let staged = beside(pointer, &format!(".{}.new", std::process::id()));
+    remove(&staged).map_err(std::io::Error::other)?;
+    std::fs::hard_link(blob, &staged).or_else(|_| std::fs::copy(blob, &staged).map(|_| ()))?;
+    std::fs::rename(&staged, pointer)
+}
+
+/// The files below `folder`, with the digests that nobody knows left out.
+fn files_of(folder: &Path, prefix: &str, depth: usize) -> Vec<RepositoryFile> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut files = Vec::new();
+    for entry in entries.flatten() {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let Ok(metadata) = std::fs::metadata(entry.path()) else { continue };
+        let path = format!("{prefix}{name}");
+        if metadata.is_dir() && depth > 1 {
+            files.extend(files_of(&entry.path(), &format!("{path}/"), depth - 1));
+        } else if metadata.is_file() {
+            files.push(RepositoryFile { path, size: metadata.len(), sha256: None, blob: String::new() });
+        }
+    }
+    files.sort_by(|a, b| a.path.cmp(&b.path));
+    files
+}
+
+/// A path as it stands in an address.
+fn encoded(path: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~/".contains(&byte);
+    path.bytes().map(|byte| if plain(byte) { (byte as char).to_string() } else { format!("%{byte:02X}") }).collect()
+}
