@@ -85,7 +85,7 @@ impl Hyper {
             return Err(Error::invalid(format!("{heads} heads of {} columns are too many", k_dim.max(v_dim))));
         }
         let rope = &self.rope;
-        if rope.dim % 2 != 0 || rope.dim > k_dim {
+        if !rope.dim.is_multiple_of(2) || rope.dim > k_dim {
             return Err(Error::invalid(format!("{} rotated columns don't fit heads of {k_dim}", rope.dim)));
         }
         if rope.theta <= 1.0 {
@@ -350,7 +350,7 @@ fn stretched(len: f64, factor: f64) -> u32 {
 }
 
 fn divided(total: u32, parts: u32, total_key: &str, parts_key: &str) -> Result<u32> {
-    if total % parts == 0 {
+    if total.is_multiple_of(parts) {
         return Ok(total / parts);
     }
     Err(Error::invalid(format!(
