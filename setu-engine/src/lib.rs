@@ -1,1 +1,25 @@
-//! engine
+//! Setu's engine: the loop, sessions, KV pages, checkpoints, text, and the loading of plugins.
+//!
+//! It composes components through the contract of `setu_core` and knows none of them by name. The way of
+//! a token: [`Engine::add_session`] → [`core`] (scheduler, batcher, page tables, submit, finish) → the
+//! session's [`TextSink`] → its [`Event`]s.
+
+pub mod clock;
+pub mod config;
+pub mod core;
+pub mod engine;
+mod guard;
+pub mod kv;
+pub mod request;
+mod session;
+pub mod stats;
+mod step_time;
+pub mod trace;
+
+pub use engine::{Engine, Health, Session};
+pub use guard::{Fault, Guarded};
+pub use request::{
+    Deadlines, Event, FinishReason, Finished, Piece, Request, TextSink, TokenEvent, TokenLogprob, Usage,
+};
+pub use setu_core::sampling::SamplingParams;
+pub use stats::Stats;

@@ -1,0 +1,237 @@
+//! Waits for the oldest step and takes its results in.
+
+use setu_core::backend::{NO_TOKEN, StepOutputs};
+use setu_core::scheduler::{EventKind, SessionEvent};
+use setu_core::view::{SessionState, StepOutcome};
+use setu_core::{Error, ErrorKind};
+
+use super::Core;
+use super::flight::{Flight, FlightRow, WantKind};
+use crate::request::{Event, FinishReason, TokenEvent, TokenLogprob};
+
+/// Memory that backends write outputs into.
+#[derive(Debug, Default)]
+pub(super) struct OutputBuffers {
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+    top_tokens: Vec<u32>,
+    top_logprobs: Vec<f32>,
+}
+
+impl OutputBuffers {
+    fn token_logprob(&self, want: usize, token: u32, top: u32, stride: u32) -> TokenLogprob {
+        let range = want * stride as usize..want * stride as usize + top as usize;
+        let top = self.top_tokens[range.clone()].iter().copied().zip(self.top_logprobs[range].iter().copied());
+        TokenLogprob { token, logprob: self.logprobs[want], top: top.filter(|&(token, _)| token != NO_TOKEN).collect() }
+    }
+}
+
+impl Core {
+    /// Waits for the oldest step in flight.
+    pub(super) fn wait_oldest(&mut self) {
+        let Some(ticket) = self.flights.front().map(|flight| flight.ticket) else { return };
+        let (wants, stride) = self.flights.front().map_or((0, 0), |flight| (flight.wants.len(), flight.top_stride));
+        let mut buffers = std::mem::take(&mut self.outputs);
+        buffers.tokens.clear();
+        buffers.tokens.resize(wants, NO_TOKEN);
+        buffers.logprobs.clear();
+        buffers.logprobs.resize(wants, f32::NAN);
+        buffers.top_tokens.clear();
+        buffers.top_tokens.resize(wants * stride as usize, NO_TOKEN);
+        buffers.top_logprobs.clear();
+        buffers.top_logprobs.resize(wants * stride as usize, f32::NAN);
+        let top = (&mut buffers.top_tokens[..], &mut buffers.top_logprobs[..], stride);
+        let mut outputs = StepOutputs::new(&mut buffers.tokens, &mut buffers.logprobs, top, &mut []);
+        let result = self.call_backend(|executable| executable.wait(ticket, &mut outputs));
+        // The flight stays in the queue while its results are taken in: what ends meanwhile is retired with it.
+        match result {
+            Ok(()) => self.take_in(&buffers),
+            Err(error) => self.step_failed(error),
+        }
+        self.outputs = buffers;
+    }
+
+    fn take_in(&mut self, buffers: &OutputBuffers) {
+        let Some(flight) = self.flights.pop_front() else { return };
+        let now_s = self.clock.now_s();
+        let took_s = flight.submitted_at.elapsed().as_secs_f64();
+        self.last_step = outcome(&flight, took_s);
+        self.step_time.learn(&flight.work, took_s);
+        let last_step = self.last_step;
+        let observed = self.batcher.call(|batcher| {
+            batcher.observe(&last_step);
+            Ok(())
+        });
+        if let Err(error) = observed {
+            self.batcher_fault(&error);
+        }
+        for row in &flight.rows {
+            self.confirm(row, now_s);
+        }
+        for (want_idx, want) in flight.wants.iter().enumerate() {
+            let row = &flight.rows[want.row as usize];
+            let Some(&index) = self.index.get(&row.session) else { continue };
+            match want.kind {
+                WantKind::Prompt(position) => {
+                    let session = &mut self.sessions[index];
+                    // A step from before a preemption may have got further already.
+                    if session.prompt_logprobs.len() as u32 + 1 == position {
+                        let token = session.prompt()[position as usize];
+                        let logprob = buffers.token_logprob(want_idx, token, want.top, flight.top_stride);
+                        session.prompt_logprobs.push(logprob);
+                    }
+                    self.send_prompt_logprobs(index);
+                }
+                WantKind::Sample => {
+                    let token = buffers.tokens[want_idx];
+                    let wanted = self.sessions[index].params().logprobs.is_some();
+                    let logprob = wanted.then(|| buffers.token_logprob(want_idx, token, want.top, flight.top_stride));
+                    self.accept(index, token, logprob, now_s);
+                }
+            }
+        }
+        for row in &flight.rows {
+            self.finish_prompt_only(row);
+        }
+        self.kv.release(&flight.retired_pages);
+        self.free_slots.extend(&flight.retired_slots);
+        self.trace(|core| crate::trace::StepTrace::finished(core.clock.now_s(), &core.last_step));
+    }
+
+    /// Marks a row's tokens as computed.
+    fn confirm(&mut self, row: &FlightRow, now_s: f64) {
+        let Some(&index) = self.index.get(&row.session) else { return };
+        let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
+        view.steps_in_flight -= 1;
+        let mut event = SessionEvent::new(EventKind::Advanced, row.session, view.tenant, now_s);
+        event.prefill_tokens = row.prompt_tokens;
+        self.events.push(event);
+        if session.epoch != row.epoch {
+            return;
+        }
+        view.computed_tokens += row.tokens;
+        let mut freed = Vec::new();
+        self.kv.pass_windows(&mut session.tables, view.computed_tokens, &mut freed);
+        if !freed.is_empty() {
+            (view.pages_held, view.pages_shared) = self.kv.count(&session.tables);
+            let last_step = session.last_step;
+            self.retire(freed, last_step);
+        }
+        self.publish(index);
+    }
+
+    /// Makes the pages findable whose tokens are computed and known.
+    fn publish(&mut self, index: usize) {
+        if !self.settings.kv.prefix_cache {
+            return;
+        }
+        let (session, view) = (&mut self.sessions[index], &self.views[index]);
+        let page_tokens = self.kv.page_tokens();
+        let known = (session.request.prompt.len() + session.output.len()) as u32;
+        let full = view.computed_tokens.min(known) / page_tokens;
+        if full > session.published_pages {
+            let keys = session.keys.extend(&session.request.prompt, &session.output, page_tokens as usize);
+            self.kv.publish(&session.tables, keys, session.published_pages, full * page_tokens);
+            session.published_pages = full;
+        }
+    }
+
+    /// Takes a sampled token in: emits it, and ends the session if it is the last.
+    fn accept(&mut self, index: usize, token: u32, logprob: Option<TokenLogprob>, now_s: f64) {
+        self.sessions[index].samples_in_flight -= 1;
+        if token == NO_TOKEN || token >= self.limits.vocab_size {
+            let what = if token == NO_TOKEN {
+                "the model gave logits that are no numbers, or none is allowed"
+            } else {
+                "the backend sampled a token that doesn't exist"
+            };
+            self.end(index, FinishReason::Failed(Error::internal(format!("no token could be sampled: {what}"))));
+            return;
+        }
+        let ends = self.ends_at(index, token);
+        let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
+        session.output.push(token);
+        view.generated_tokens += 1;
+        if session.output.len() == 1 {
+            self.stats.ttft_s += now_s - view.arrival_s;
+            self.stats.first_tokens += 1;
+        }
+        view.last_token_s = now_s;
+        if view.state() == SessionState::Prefilling {
+            view.set_state(SessionState::Decoding);
+        }
+        if let Some(event) = self.events.iter_mut().rev().find(|event| event.id == session.id) {
+            event.generated_tokens += 1;
+        }
+        if ends {
+            // The token that ends the answer isn't part of its text.
+            self.end(index, FinishReason::Stop(Some(token)));
+            return;
+        }
+        let piece = session.text.as_mut().map(|text| text.push(token)).unwrap_or_default();
+        let event = TokenEvent { token, text: piece.text, logprob };
+        if session.events.send(Event::Token(event)).is_err() {
+            self.end(index, FinishReason::Aborted);
+        } else if piece.stopped {
+            self.end(index, FinishReason::Stop(None));
+        } else if view.generated_tokens >= view.max_tokens {
+            self.end(index, FinishReason::Length);
+        }
+    }
+
+    fn ends_at(&self, index: usize, token: u32) -> bool {
+        let params = self.sessions[index].params();
+        (!params.ignore_eos && self.eos.contains(&token)) || params.stop_token_ids.contains(&token)
+    }
+
+    fn send_prompt_logprobs(&mut self, index: usize) {
+        let session = &mut self.sessions[index];
+        if session.prompt_logprobs.len() + 1 == session.prompt().len() {
+            let all = session.prompt_logprobs.clone();
+            let _ = session.events.send(Event::Prompt(all));
+        }
+    }
+
+    fn finish_prompt_only(&mut self, row: &FlightRow) {
+        let Some(&index) = self.index.get(&row.session) else { return };
+        if self.sessions[index].request.prompt_only
+            && self.views[index].computed_tokens >= self.views[index].prompt_tokens
+        {
+            self.end(index, FinishReason::Length);
+        }
+    }
+
+    fn step_failed(&mut self, error: Error) {
+        let Some(flight) = self.flights.pop_front() else { return };
+        tracing::error!(error = error.message(), step = flight.number, "a step failed");
+        if super::is_fatal(&error) {
+            self.backend_lost(error);
+            return;
+        }
+        for row in &flight.rows {
+            if let Some(&index) = self.index.get(&row.session) {
+                self.end(index, FinishReason::Failed(error.clone()));
+            }
+        }
+        self.kv.release(&flight.retired_pages);
+        self.free_slots.extend(&flight.retired_slots);
+    }
+
+    /// Ends everything: the backend can't run another step.
+    pub(super) fn backend_lost(&mut self, error: Error) {
+        let error = Error::new(ErrorKind::Device, format!("the backend failed: {}", error.message()));
+        self.fail_all(error);
+    }
+}
+
+fn outcome(flight: &Flight, took_s: f64) -> StepOutcome {
+    let mut outcome = StepOutcome::default();
+    outcome.step = flight.number;
+    outcome.predicted_s = flight.predicted_s;
+    outcome.took_s = took_s;
+    outcome.prefill_tokens = flight.work.prefill_tokens;
+    outcome.decodes = flight.work.decodes;
+    outcome.prefill_context = flight.work.prefill_context;
+    outcome.decode_context = flight.work.decode_context;
+    outcome
+}

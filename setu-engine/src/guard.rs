@@ -1,0 +1,181 @@
+//! Runs policies that are not trusted.
+//!
+//! A [`Guard`] calls its component, times it on the thread's CPU clock, catches panics, and has every
+//! answer checked by the caller. A component at fault is quarantined: never called or dropped again,
+//! replaced by the fallback for good, and the fault is logged, counted and listed.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use setu_core::component::Kind;
+use setu_core::{Error, ErrorKind, Result};
+
+/// A component with the one that takes over if it fails.
+pub struct Guarded<C: ?Sized> {
+    pub name: String,
+    pub component: Box<C>,
+    pub fallback_name: String,
+    pub fallback: Box<C>,
+}
+
+impl<C: ?Sized> Guarded<C> {
+    pub fn new(name: &str, component: Box<C>, fallback_name: &str, fallback: Box<C>) -> Guarded<C> {
+        Guarded { name: name.to_owned(), component, fallback_name: fallback_name.to_owned(), fallback }
+    }
+}
+
+/// Something that a component did wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    pub kind: Kind,
+    /// The component's name.
+    pub component: String,
+    pub message: String,
+    /// The step being planned.
+    pub step: u64,
+}
+
+/// How long a policy may take, and how often it may take longer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TimeBudget {
+    /// CPU time of one call; zero for no limit.
+    pub per_call: Duration,
+    /// Overruns among the last 16 calls that count as a fault.
+    pub overruns: u32,
+}
+
+pub(crate) struct Guard<C: ?Sized> {
+    kind: Kind,
+    name: String,
+    component: Option<Box<C>>,
+    fallback: Option<(String, Box<C>)>,
+    budget: TimeBudget,
+    /// One bit for each of the last 16 calls that overran.
+    overran: u16,
+    pub spent: Duration,
+    pub calls: u64,
+}
+
+impl<C: ?Sized> Guard<C> {
+    pub fn new(kind: Kind, guarded: Guarded<C>, budget: TimeBudget) -> Guard<C> {
+        Guard {
+            kind,
+            name: guarded.name,
+            component: Some(guarded.component),
+            fallback: Some((guarded.fallback_name, guarded.fallback)),
+            budget,
+            overran: 0,
+            spent: Duration::ZERO,
+            calls: 0,
+        }
+    }
+
+    /// Name of the component in use.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Calls the component in use.
+    ///
+    /// # Errors
+    /// The call's own, a panic, or too many overruns: what [`quarantine`](Guard::quarantine) is to be told.
+    pub fn call<R>(&mut self, call: impl FnOnce(&mut C) -> Result<R>) -> Result<R> {
+        let component = self.component.as_deref_mut().ok_or_else(|| Error::internal("no component is left"))?;
+        let started = thread_cpu_time();
+        let result = catch_unwind(AssertUnwindSafe(|| call(component)))
+            .unwrap_or_else(|payload| Err(Error::new(ErrorKind::Panicked, panic_message(payload))));
+        let took = thread_cpu_time().saturating_sub(started);
+        self.spent += took;
+        self.calls += 1;
+        let overran = !self.budget.per_call.is_zero() && took > self.budget.per_call;
+        self.overran = self.overran << 1 | u16::from(overran);
+        let result = result?;
+        if overran {
+            tracing::warn!(
+                kind = self.kind.name(),
+                component = self.name,
+                took_us = took.as_micros() as u64,
+                budget_us = self.budget.per_call.as_micros() as u64,
+                "a call took longer than its budget"
+            );
+            if self.overran.count_ones() >= self.budget.overruns {
+                let (took, budget) = (took.as_micros(), self.budget.per_call.as_micros());
+                let count = self.overran.count_ones();
+                return Err(Error::contract(format!(
+                    "{count} of the last 16 calls took longer than {budget} µs, the last {took} µs"
+                )));
+            }
+        }
+        Ok(result)
+    }
+
+    /// Replaces the component by the fallback. Says whether there was one left to take over.
+    pub fn quarantine(&mut self, error: &Error, step: u64) -> (Fault, bool) {
+        let fault = Fault { kind: self.kind, component: self.name.clone(), message: error.message().to_owned(), step };
+        // Its state may be broken, so not even its drop may run.
+        std::mem::forget(self.component.take());
+        let replaced = self.fallback.take().map(|(name, fallback)| {
+            tracing::error!(
+                kind = self.kind.name(),
+                component = self.name,
+                fallback = name,
+                step,
+                error = error.message(),
+                "the component is at fault and is replaced by the fallback"
+            );
+            self.name = name;
+            self.component = Some(fallback);
+            self.overran = 0;
+        });
+        if replaced.is_none() {
+            tracing::error!(kind = self.kind.name(), step, error = error.message(), "the fallback is at fault as well");
+        }
+        (fault, replaced.is_some())
+    }
+
+    /// Puts another component in use; the one before becomes the fallback if none is left.
+    pub fn swap(&mut self, name: String, component: Box<C>) {
+        let before = self.component.replace(component);
+        let before_name = std::mem::replace(&mut self.name, name);
+        if self.fallback.is_none() {
+            self.fallback = before.map(|before| (before_name, before));
+        } else if let Some(before) = before {
+            // A drop is the component's code like any other.
+            if catch_unwind(AssertUnwindSafe(|| drop(before))).is_err() {
+                tracing::error!(
+                    kind = self.kind.name(),
+                    component = before_name,
+                    "the component panicked when dropped"
+                );
+            }
+        }
+        self.overran = 0;
+    }
+}
+
+impl<C: ?Sized> Drop for Guard<C> {
+    fn drop(&mut self) {
+        let component = self.component.take();
+        let fallback = self.fallback.take();
+        if catch_unwind(AssertUnwindSafe(|| drop((component, fallback)))).is_err() {
+            tracing::error!(kind = self.kind.name(), component = self.name, "the component panicked when dropped");
+        }
+    }
+}
+
+/// The text of a panic.
+pub(crate) fn panic_message(payload: Box<dyn std::any::Any + Send>) -> String {
+    let text = payload.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+    // A payload's drop may panic in turn.
+    std::mem::forget(payload);
+    format!("panicked: {}", text.as_deref().unwrap_or("(no message)"))
+}
+
+/// CPU time of the calling thread; what others take from it doesn't count.
+pub(crate) fn thread_cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is a valid timespec to write to.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    if result == 0 { Duration::new(time.tv_sec as u64, time.tv_nsec as u32) } else { Duration::ZERO }
+}

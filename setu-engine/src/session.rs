@@ -1,0 +1,107 @@
+//! One session as the engine's thread keeps it.
+
+use std::sync::Arc;
+
+use crossbeam_channel::Sender;
+use setu_core::ids::SessionId;
+use setu_core::sampling::SamplingParams;
+use setu_core::view::{SessionState, SessionView};
+
+use crate::kv::{GroupTable, PrefixKeys};
+use crate::request::{Arrival, Event, Request, TextSink, TokenLogprob, Usage};
+
+/// A live session. What policies see of it is in the [`SessionView`] beside it.
+pub(crate) struct Session {
+    pub id: SessionId,
+    pub request: Arc<Request>,
+    pub seed: u64,
+    pub text: Option<Box<dyn TextSink>>,
+    pub events: Sender<Event>,
+    /// Confirmed tokens.
+    pub output: Vec<u32>,
+    pub tables: Vec<GroupTable>,
+    pub keys: PrefixKeys,
+    /// Full pages whose content is published.
+    pub published_pages: u32,
+    pub slot: Option<u32>,
+    /// Whether the backend knows the slot's parameters.
+    pub slot_open: bool,
+    /// Counts preemptions, so that a step in flight from before one is recognised.
+    pub epoch: u32,
+    /// Number of the latest step that it takes part in.
+    pub last_step: u64,
+    /// Steps in flight that sample a token of it.
+    pub samples_in_flight: u32,
+    /// The want of step `last_step` that samples its next token.
+    pub carried_want: Option<u32>,
+    /// The session whose prompt it waits to share (a further choice of the same request).
+    pub leader: Option<SessionId>,
+    pub prompt_logprobs: Vec<TokenLogprob>,
+    pub usage: Usage,
+}
+
+impl Session {
+    pub fn new(arrival: Arrival, tables: Vec<GroupTable>, leader: Option<SessionId>) -> Session {
+        let request = arrival.request;
+        let keys = PrefixKeys::new(&request.tenant.0.to_le_bytes(), 0);
+        let usage = Usage { prompt_tokens: request.prompt.len() as u32, ..Usage::default() };
+        Session {
+            id: arrival.id,
+            request,
+            seed: arrival.seed,
+            text: arrival.text,
+            events: arrival.events,
+            output: Vec::new(),
+            tables,
+            keys,
+            published_pages: 0,
+            slot: None,
+            slot_open: false,
+            epoch: 0,
+            last_step: 0,
+            samples_in_flight: 0,
+            carried_want: None,
+            leader,
+            prompt_logprobs: Vec::new(),
+            usage,
+        }
+    }
+
+    pub fn params(&self) -> &SamplingParams {
+        &self.request.params
+    }
+
+    pub fn prompt(&self) -> &[u32] {
+        &self.request.prompt
+    }
+
+    /// The confirmed token at `position`.
+    pub fn token(&self, position: u32) -> Option<u32> {
+        let (position, prompt) = (position as usize, self.prompt());
+        prompt.get(position).or_else(|| self.output.get(position - prompt.len())).copied()
+    }
+
+    /// Whether its prompt must be computed token by token rather than taken from the prefix cache.
+    pub fn needs_whole_prompt(&self) -> bool {
+        self.params().prompt_logprobs.is_some() && self.prompt_logprobs.len() + 1 < self.prompt().len()
+    }
+
+    /// A first view of it.
+    pub fn view(&self, now_s: f64, max_tokens: u32) -> SessionView {
+        let request = &self.request;
+        let mut view = SessionView::default();
+        view.id = self.id;
+        view.tenant = request.tenant;
+        view.tenant_weight = request.tenant_weight;
+        view.priority = request.priority;
+        view.arrival_s = now_s;
+        view.ttft_deadline_s = now_s + request.deadlines.ttft_s;
+        view.itl_limit_s = request.deadlines.itl_s;
+        view.total_deadline_s = now_s + request.deadlines.total_s;
+        view.prompt_tokens = request.prompt.len() as u32;
+        view.len_tokens = view.prompt_tokens;
+        view.max_tokens = max_tokens;
+        view.set_state(if self.leader.is_some() { SessionState::Held } else { SessionState::Waiting });
+        view
+    }
+}
