@@ -26,8 +26,10 @@ pub struct HubOptions {
     pub token: Option<String>,
     /// The Hub's cache on this machine.
     pub cache: PathBuf,
-    /// Before the first retry of a request that failed; it doubles with each.
+    /// Doubled before every retry of a request that failed.
     pub retry_wait: Duration,
+    /// When a transfer is cut, to go on with a new request.
+    pub attempt_time: Duration,
 }
 
 impl HubOptions {
@@ -37,7 +39,8 @@ impl HubOptions {
             endpoint: "https://huggingface.co".to_string(),
             token: None,
             cache: cache.into(),
-            retry_wait: Duration::from_millis(500),
+            retry_wait: Duration::from_millis(250),
+            attempt_time: Duration::from_secs(120),
         }
     }
 }
@@ -202,7 +205,7 @@ impl<'a> Hub<'a> {
     }
 
     fn client(&self) -> Client {
-        Client::new(self.options.token.clone(), self.options.retry_wait)
+        Client::new(self.options)
     }
 
     fn repo(&self, name: &HubName) -> Repo {

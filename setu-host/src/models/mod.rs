@@ -13,7 +13,7 @@
 //! ```no_run
 //! use setu_host::models::{Console, Store, StoreOptions};
 //!
-//! let store = Store::open(StoreOptions::from_env()?);
+//! let store = Store::open(StoreOptions::from_env()?)?;
 //! let name = store.parse("smollm2-135m")?;
 //! let model = store.resolve(&name, &mut Console::stderr())?;
 //! println!("{}", model.path.display());

@@ -37,7 +37,7 @@ impl Progress for Silent {
 /// Progress for people.
 pub struct Console {
     /// Lines go here; `None` draws bars on standard error.
-    lines: Option<Box<dyn Write>>,
+    lines: Option<Box<dyn Write + Send>>,
     current: Option<Task>,
 }
 
@@ -51,13 +51,13 @@ struct Task {
 impl Console {
     /// Bars where standard error is a terminal, else lines there.
     pub fn stderr() -> Console {
-        let lines: Option<Box<dyn Write>> =
+        let lines: Option<Box<dyn Write + Send>> =
             if std::io::stderr().is_terminal() { None } else { Some(Box::new(std::io::stderr())) };
         Console { lines, current: None }
     }
 
     /// Lines to `writer`.
-    pub fn lines(writer: impl Write + 'static) -> Console {
+    pub fn lines(writer: impl Write + Send + 'static) -> Console {
         Console { lines: Some(Box::new(writer)), current: None }
     }
 

@@ -1,11 +1,11 @@
 //! One file over HTTP: in pieces if need be, verified, never more than was announced.
 //!
-//! Every attempt goes on where the last one stopped, by a range request. An attempt is cut after two
-//! minutes, whatever its state: that finds a stalled connection, and costs a healthy one nothing but a new
-//! request. What ends a transfer is a number of attempts in a row that bring nothing.
+//! Every attempt goes on where the last one stopped, by a range request. An attempt is cut after some time,
+//! whatever its state: that finds a stalled connection, and costs a healthy one nothing but a new request. What ends a transfer is a number of attempts in a row that bring nothing.
 
 use super::digest::{Digest, Hasher};
 use super::files::{create_parent, io_error, mismatch, remove};
+use super::hub::HubOptions;
 use super::progress::Progress;
 use setu_core::{Error, Result};
 use std::fs::{File, OpenOptions};
@@ -17,7 +17,7 @@ use ureq::http::{Response, StatusCode, header};
 use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
-/// Attempts in a row that may bring nothing.
+/// So many attempts in a row may bring nothing; the next one that does is the last.
 const MAX_FRUITLESS: u32 = 4;
 /// Fewer new bytes than this are nothing, unless they complete the file.
 const MIN_PROGRESS: u64 = 4096;
@@ -40,7 +40,7 @@ pub(super) struct Wanted<'a> {
 }
 
 impl Client {
-    pub fn new(token: Option<String>, retry_wait: Duration) -> Client {
+    pub fn new(options: &HubOptions) -> Client {
         // The system's certificates rather than built-in ones: a company's proxy may have its own.
         let tls = TlsConfig::builder().root_certs(RootCerts::PlatformVerifier).build();
         let agent = Agent::config_builder()
@@ -50,9 +50,9 @@ impl Client {
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .timeout_connect(Some(Duration::from_secs(20)))
             .timeout_recv_response(Some(Duration::from_secs(60)))
-            .timeout_recv_body(Some(Duration::from_secs(120)))
+            .timeout_recv_body(Some(options.attempt_time))
             .build();
-        Client { agent: Agent::new_with_config(agent), token, retry_wait }
+        Client { agent: Agent::new_with_config(agent), token: options.token.clone(), retry_wait: options.retry_wait }
     }
 
     /// A document of at most `limit` bytes.
@@ -71,7 +71,10 @@ impl Client {
                 status => Err(Failure::Status(status)),
             });
             match body {
-                Err(failure) if failure.may_pass() && fruitless < MAX_FRUITLESS => self.wait(&mut fruitless),
+                Err(failure) if failure.may_pass() && fruitless < MAX_FRUITLESS => {
+                    fruitless += 1;
+                    self.wait(fruitless);
+                }
                 body => return body,
             }
         }
@@ -100,11 +103,13 @@ impl Client {
                     if hasher.n_bytes() >= most.saturating_add(MIN_PROGRESS) {
                         most = hasher.n_bytes();
                         fruitless = 0;
-                    } else if fruitless >= MAX_FRUITLESS {
+                    } else if fruitless < MAX_FRUITLESS {
+                        fruitless += 1;
+                    } else {
                         return attempt.and(Err(Failure::Connection("the connection brings nothing".into())));
                     }
                     if hasher.n_bytes() < wanted.size {
-                        self.wait(&mut fruitless);
+                        self.wait(fruitless);
                     }
                 }
             }
@@ -182,9 +187,8 @@ impl Client {
         request.call().map_err(|error| Failure::Connection(error.to_string()))
     }
 
-    fn wait(&self, fruitless: &mut u32) {
-        std::thread::sleep(self.retry_wait * 2u32.pow(*fruitless));
-        *fruitless += 1;
+    fn wait(&self, fruitless: u32) {
+        std::thread::sleep(self.retry_wait * 2u32.pow(fruitless));
     }
 }
 
