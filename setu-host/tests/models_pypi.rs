@@ -192,20 +192,23 @@ fn what_goes_wrong_is_named_and_leaves_nothing_under_the_final_name() {
             ),
             vec![
                 "pip could not download tiny==1.0 (exit status: 1); pip reaches no package index".into(),
-                "  ERROR: No matching distribution".into(),
+                "pip's last lines:\n  WARNING: Retrying 7\n  ERROR: No matching distribution".into(),
             ],
         ),
         (
             "a full disk",
-            (Vec::new(), "echo 'ERROR: [Errno 28] No space left on device' >&2; exit 1"),
-            vec!["free some space at".into(), "SETU_CACHE".into()],
+            (
+                Vec::new(),
+                "cp \"$wheel\" $dest/half.whl; echo '  File download.py, line 1' >&2; echo 'OSError: [Errno 28] No space left on device' >&2; exit 1",
+            ),
+            vec!["free some space at".into(), "SETU_CACHE".into(), "lines:\n  OSError: [Errno 28]".into()],
         ),
         (
             "an unknown version",
             (Vec::new(), "echo 'ERROR: nothing like that' >&2; exit 3"),
             vec!["exit status: 3".into(), "see whether `pip download --no-deps tiny==1.0` works by hand".into()],
         ),
-        ("a killed pip", (Vec::new(), "kill -9 $$"), vec!["signal: 9".into()]),
+        ("a killed pip", (Vec::new(), "kill -9 $$"), vec!["(signal: 9 (SIGKILL)); see whether".into()]),
         ("a pip that does nothing", (Vec::new(), "exit 0"), vec!["pip has downloaded no wheel of tiny==1.0".into()]),
     ];
     for (what, (wheel, action), parts) in cases {

