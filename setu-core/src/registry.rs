@@ -187,7 +187,7 @@ impl Linked {
         backend, Backend, Backend;
     }
 
-    pub fn kind(&self) -> Kind {
+    pub const fn kind(&self) -> Kind {
         match self.build {
             Build::Scheduler(_) => Kind::Scheduler,
             Build::Batcher(_) => Kind::Batcher,

@@ -10,6 +10,7 @@ pub mod core;
 pub mod engine;
 mod guard;
 pub mod kv;
+pub mod plugins;
 pub mod request;
 mod session;
 pub mod stats;

@@ -1,0 +1,241 @@
+//! The host's side: from the header of a loaded file to entries of the registries.
+
+use std::cell::OnceCell;
+use std::path::Path;
+use std::sync::Arc;
+
+use abi_stable::library::{AbiHeader, AbiHeaderRef, LibraryError, RootModuleError};
+use abi_stable::std_types::RSlice;
+
+use super::backend::RemoteBackend;
+use super::batcher::RemoteBatcher;
+use super::log::HostLog;
+use super::metadata::{ComponentMetadata, PluginMetadata};
+use super::model::RemoteModel;
+use super::module::{Exports, ModuleRef};
+use super::scheduler::RemoteScheduler;
+use super::wire::{Handle, HostPtr, WireResult, received};
+use crate::component::{ComponentKind, Kind};
+use crate::config::ConfigSpec;
+use crate::error::{Error, ErrorKind, Result};
+use crate::registry::{BuildFn, Entry, Registries, Registry, Source};
+
+/// A loaded plugin whose tables are known to be what this build expects.
+pub struct Plugin {
+    metadata: PluginMetadata,
+    module: ModuleRef,
+    /// Of each component.
+    configs: Vec<ConfigSpec>,
+}
+
+impl Plugin {
+    /// Opens the plugin that `metadata` describes.
+    ///
+    /// # Safety
+    /// `header` is the address of the symbol that `metadata` names, in a library that is loaded with its
+    /// constructors run and is never unloaded.
+    ///
+    /// # Errors
+    /// The header or the tables are not what this build expects, or the plugin fails as it starts.
+    pub unsafe fn open(metadata: PluginMetadata, header: *const ()) -> Result<Plugin> {
+        let module = {
+            // SAFETY: the symbol is a static that begins with abi_stable's own mark, which never changes;
+            // `upgrade` checks it before it reads on.
+            let header: AbiHeaderRef = unsafe { header_at(header)? };
+            let header = header.upgrade().map_err(|error| refused(&error))?;
+            header.init_root_module::<ModuleRef>().map_err(|error| refused(&error))?
+        };
+        let host = HostPtr::new(HostLog::services(&metadata.package));
+        // SAFETY: the tables were checked, and the services are never freed.
+        received(unsafe { module.start()(host) })?;
+        // SAFETY: the exports are the module's own, here and below.
+        let count = received(unsafe { module.count()(module.exports()) })?;
+        if count as usize != metadata.components.len() {
+            let described = metadata.components.len();
+            return Err(Error::contract(format!("it describes {described} components and holds {count}")));
+        }
+        let mut configs = Vec::new();
+        for (index, component) in (0..count).zip(&metadata.components) {
+            // SAFETY: as above.
+            let config = received(unsafe { module.config()(module.exports(), index) });
+            let config = config.and_then(|json| {
+                let text = std::str::from_utf8(&json).map_err(|_| Error::contract("its text is not UTF-8"))?;
+                ConfigSpec::from_json(text)
+            });
+            configs.push(
+                config.map_err(|error| error.within(format_args!("the {} `{}`", component.kind, component.key)))?,
+            );
+        }
+        Ok(Plugin { metadata, module, configs })
+    }
+
+    pub fn metadata(&self) -> &PluginMetadata {
+        &self.metadata
+    }
+
+    /// Registers the components, which come from `source`; returns what they replaced, with its source.
+    pub fn register(&self, source: &Source, registries: &mut Registries) -> Vec<(Kind, String, Source)> {
+        let mut replaced = Vec::new();
+        for (index, component) in (0..).zip(&self.metadata.components) {
+            let earlier = match component.kind {
+                Kind::Scheduler => self.register_one(index, source, &mut registries.schedulers, build_scheduler),
+                Kind::Batcher => self.register_one(index, source, &mut registries.batchers, build_batcher),
+                Kind::Model => self.register_one(index, source, &mut registries.models, build_model),
+                Kind::Backend => self.register_one(index, source, &mut registries.backends, build_backend),
+            };
+            replaced.extend(earlier.map(|earlier| (component.kind, component.key.clone(), earlier)));
+        }
+        replaced
+    }
+
+    fn register_one<C: ComponentKind + ?Sized>(
+        &self,
+        index: u32,
+        source: &Source,
+        registry: &mut Registry<C>,
+        build: fn(&Maker, &str) -> Result<Box<C>>,
+    ) -> Option<Source> {
+        let ComponentMetadata { kind, key, description } = &self.metadata.components[index as usize];
+        let name = match source {
+            Source::File { path, .. } => format!("{kind} `{key}` from {}", Path::display(path)),
+            Source::BuiltIn { .. } => format!("{kind} `{key}`"),
+        };
+        let maker = Maker { module: self.module, index, name };
+        let build: BuildFn<C> =
+            Box::new(move |config| build(&maker, config).map_err(|error| error.within(&maker.name)));
+        let entry = Entry {
+            key: key.clone(),
+            version: self.metadata.version.clone(),
+            source: source.clone(),
+            description: description.clone(),
+            config: self.configs[index as usize].clone(),
+            build,
+        };
+        registry.register(entry).map(|earlier| earlier.source)
+    }
+}
+
+/// # Safety
+/// As for [`Plugin::open`].
+unsafe fn header_at(header: *const ()) -> Result<AbiHeaderRef> {
+    let misplaced = header.is_null() || header.addr() % align_of::<AbiHeader>() != 0;
+    if misplaced {
+        return Err(Error::contract("its entry symbol is not the header of a plugin"));
+    }
+    // SAFETY: an AbiHeaderRef is transparent over the address of an AbiHeader.
+    Ok(unsafe { std::mem::transmute::<*const (), AbiHeaderRef>(header) })
+}
+
+/// abi_stable's error in a sentence; its own texts are pages long.
+fn refused(error: &LibraryError) -> Error {
+    match error {
+        LibraryError::InvalidAbiHeader(_) => Error::contract("its entry symbol is not the header of a plugin"),
+        LibraryError::RootModule { err: RootModuleError::Unwound, .. } => {
+            Error::new(ErrorKind::Panicked, "it panicked while it was opened")
+        }
+        LibraryError::AbiInstability(why) => {
+            let why = why.to_string();
+            let line = why.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no reason given");
+            Error::contract(format!("its tables are not laid out as this build expects: {line}"))
+        }
+        other => {
+            let text = other.to_string();
+            Error::contract(text.split_whitespace().collect::<Vec<_>>().join(" "))
+        }
+    }
+}
+
+/// What builds one component of a plugin.
+struct Maker {
+    module: ModuleRef,
+    index: u32,
+    /// In errors and logs.
+    name: String,
+}
+
+impl Maker {
+    fn build<T>(
+        &self,
+        build: unsafe extern "C" fn(Exports, u32, RSlice<'_, u8>) -> WireResult<T>,
+        config: &str,
+    ) -> Result<T> {
+        // SAFETY: the exports are the module's own, and the text outlasts the call.
+        received(unsafe { build(self.module.exports(), self.index, RSlice::from_slice(config.as_bytes())) })
+    }
+}
+
+fn build_scheduler(maker: &Maker, config: &str) -> Result<Box<dyn crate::Scheduler>> {
+    let object = maker.build(maker.module.build_scheduler(), config)?;
+    Ok(Box::new(RemoteScheduler::new(&maker.name, object)))
+}
+
+fn build_batcher(maker: &Maker, config: &str) -> Result<Box<dyn crate::Batcher>> {
+    let object = maker.build(maker.module.build_batcher(), config)?;
+    Ok(Box::new(RemoteBatcher::new(&maker.name, object)))
+}
+
+fn build_model(maker: &Maker, config: &str) -> Result<Box<dyn crate::Model>> {
+    let object = maker.build(maker.module.build_model(), config)?;
+    Ok(Box::new(RemoteModel::new(&maker.name, object)))
+}
+
+fn build_backend(maker: &Maker, config: &str) -> Result<Box<dyn crate::Backend>> {
+    let object = maker.build(maker.module.build_backend(), config)?;
+    Ok(Box::new(RemoteBackend::new(&maker.name, object)))
+}
+
+/// A handle on what lives in a plugin's memory. Once it has panicked, nothing of it is called any more,
+/// not even its drop: what it left behind may be in any state.
+pub(super) struct Remote {
+    name: Arc<str>,
+    handle: Handle,
+    drop: unsafe extern "C" fn(Handle) -> WireResult<()>,
+    fault: OnceCell<Error>,
+}
+
+impl Remote {
+    pub fn new(name: &str, handle: Handle, drop: unsafe extern "C" fn(Handle) -> WireResult<()>) -> Remote {
+        Remote { name: name.into(), handle, drop, fault: OnceCell::new() }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Makes a call, unless an earlier one panicked.
+    pub fn call<T>(&self, call: impl FnOnce(Handle) -> WireResult<T>) -> Result<T> {
+        if let Some(fault) = self.fault.get() {
+            return Err(fault.clone());
+        }
+        received(call(self.handle)).inspect_err(|error| {
+            if error.kind() == ErrorKind::Panicked {
+                let _ = self.fault.set(error.clone());
+            }
+        })
+    }
+
+    /// Makes a call whose failure the next one reports; it is logged here.
+    pub fn tell(&self, call: impl FnOnce(Handle) -> WireResult<()>) {
+        if self.fault.get().is_none()
+            && let Err(error) = self.call(call)
+        {
+            self.log(&error);
+        }
+    }
+
+    pub fn log(&self, error: &Error) {
+        tracing::error!(component = &*self.name, error = error.message(), "a plugin failed");
+    }
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        if self.fault.get().is_some() {
+            return;
+        }
+        // SAFETY: the handle belongs to this table and is not used again.
+        if let Err(error) = received(unsafe { (self.drop)(self.handle) }) {
+            self.log(&error);
+        }
+    }
+}
