@@ -1,0 +1,296 @@
+//! The right-hand side: activations as kernels read them, prepared once and shared by all that consume them.
+//!
+//! Integer activations have one f32 scale per unit of 32 columns. Their error is most of a quantized model's
+//! distance from the exact one, so the scale isn't rounded to f16 as elsewhere, and [`Precision::Int16`]
+//! gives the inputs with large outliers a second digit at the price of a second dot product.
+//!
+//! Tokens lie in *tiles* of eight, units of a tile one after the other, a *record* each: the eight tokens' values,
+//! scales and sums. A tile is so read front to back, whether for eight tokens or for one.
+
+use std::ops::Range;
+
+use setu_core::{Error, Result};
+
+use super::isa::{Isa, Kind};
+use super::layout::UNIT;
+use super::memory::AlignedBytes;
+
+/// Tokens in a tile.
+pub(super) const TILE: usize = 8;
+
+/// How activations enter the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Eight bits: 254 steps over the range of 32 values.
+    Int8,
+    /// Two digits of eight bits: 32,512 steps.
+    Int16,
+    /// As they are. The only one for weights stored as floats.
+    F32,
+}
+
+/// What a [`Precision`] means for a record: offsets in bytes.
+pub(super) struct Record {
+    /// Bytes of one digit of all tokens (of one value's bytes for f32).
+    pub(super) digit: usize,
+    /// Scales, one f32 a token.
+    pub(super) scales: usize,
+    /// Scaled sums of the unit's values, one f32 a token.
+    pub(super) scaled_sums: usize,
+    /// Sums of the first and of the second sixteen values and of both, `TILE` each: f32, or negated i32.
+    pub(super) sums: usize,
+    pub(super) bytes: usize,
+}
+
+impl Precision {
+    pub(super) const fn record(self) -> Record {
+        let (digit, digits) = match self {
+            Precision::Int8 => (TILE * UNIT, 1),
+            Precision::Int16 => (TILE * UNIT, 2),
+            Precision::F32 => (4 * TILE * UNIT, 1),
+        };
+        let scales = digit * digits;
+        let per_token = 4 * TILE;
+        Record {
+            digit,
+            scales,
+            scaled_sums: scales + per_token,
+            sums: scales + 2 * per_token,
+            bytes: scales + 5 * per_token,
+        }
+    }
+}
+
+/// Prepared activations `[tokens, cols]`.
+#[derive(Debug)]
+pub struct Activations {
+    precision: Precision,
+    tokens: usize,
+    cols: usize,
+    bytes: AlignedBytes,
+}
+
+impl Activations {
+    /// Room for `tokens` rows of `cols` columns.
+    pub fn new(precision: Precision, tokens: usize, cols: usize) -> Result<Activations> {
+        let bytes = precision
+            .record()
+            .bytes
+            .checked_mul(cols.div_ceil(UNIT))
+            .and_then(|tile| tile.checked_mul(tokens.div_ceil(TILE)))
+            .ok_or_else(|| Error::exhausted(format!("activations of {tokens} tokens × {cols} are too large")))?;
+        Ok(Activations { precision, tokens, cols, bytes: AlignedBytes::zeroed(bytes)? })
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// Rows that there is room for.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Prepares `rows`, a whole number of rows, as tokens from `first` on.
+    pub fn quantize(&mut self, isa: Isa, first: usize, rows: &[f32]) {
+        for (i, row) in rows.chunks_exact(self.cols.max(1)).enumerate() {
+            // SAFETY: `&mut self` keeps all others out.
+            unsafe { self.quantize_shared(isa, first + i, 0, row) };
+        }
+    }
+
+    /// Prepares columns from `first_col` (a multiple of 32) of one token. `values` reaches to a multiple of 32
+    /// or to the last column.
+    ///
+    /// # Safety
+    /// No other thread may read or write these columns of this token meanwhile.
+    pub unsafe fn quantize_shared(&self, isa: Isa, token: usize, first_col: usize, values: &[f32]) {
+        let end = first_col + values.len();
+        assert!(token < self.tokens && first_col.is_multiple_of(UNIT) && end <= self.cols, "columns of these activations");
+        assert!(end.is_multiple_of(UNIT) || end == self.cols, "a whole number of units");
+        // SAFETY: token and columns were just checked, and the caller keeps others out.
+        unsafe {
+            let to = self.token(token).add(first_col / UNIT * self.precision.record().bytes);
+            match isa.kind() {
+                Kind::Portable => write_row(self.precision, values, to),
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx2 | Kind::Avx2Vnni => write_row_avx2(self.precision, values, to),
+                #[cfg(target_arch = "x86_64")]
+                Kind::Avx512 => write_row_avx512(self.precision, values, to),
+            }
+        }
+    }
+
+    /// What the integers of one token stand for, for tests and for measuring the loss.
+    pub fn dequantize(&self, token: usize) -> Vec<f32> {
+        assert!(token < self.tokens, "a token of these activations");
+        let record = self.precision.record();
+        let value = |col: usize| {
+            // SAFETY: token and column lie inside; a record's parts are where `write_unit` puts them.
+            unsafe {
+                let unit = self.tile(token / TILE).add(col / UNIT * record.bytes);
+                let at = token % TILE * UNIT + col % UNIT;
+                let scale = unit.add(record.scales).cast::<f32>().add(token % TILE).read_unaligned();
+                let high = i32::from(unit.cast::<i8>().add(at).read());
+                match self.precision {
+                    Precision::Int8 => scale * high as f32,
+                    Precision::Int16 => {
+                        let low = i32::from(unit.add(record.digit).cast::<i8>().add(at).read());
+                        scale * (high * DIGIT + low) as f32
+                    }
+                    Precision::F32 => unit.cast::<f32>().add(at).read_unaligned(),
+                }
+            }
+        };
+        (0..self.cols).map(value).collect()
+    }
+
+    pub(super) fn holds(&self, tokens: &Range<usize>) -> bool {
+        tokens.start <= tokens.end && tokens.end <= self.tokens
+    }
+
+    /// The records of a tile; in bounds for tiles that have a token.
+    pub(super) fn tile(&self, tile: usize) -> *mut u8 {
+        self.bytes.as_ptr().wrapping_add(tile * self.cols.div_ceil(UNIT) * self.precision.record().bytes)
+    }
+
+    fn token(&self, token: usize) -> Slot {
+        Slot { unit: self.tile(token / TILE), index: token % TILE }
+    }
+}
+
+/// The place of one token in a record.
+#[derive(Clone, Copy)]
+struct Slot {
+    unit: *mut u8,
+    index: usize,
+}
+
+impl Slot {
+    /// # Safety
+    /// As for pointers.
+    #[inline(always)]
+    unsafe fn add(self, bytes: usize) -> Slot {
+        // SAFETY: as the caller vouches.
+        Slot { unit: unsafe { self.unit.add(bytes) }, ..self }
+    }
+
+    /// # Safety
+    /// `at` must be where the record has a `T` for each token.
+    #[inline(always)]
+    unsafe fn put<T>(self, at: usize, value: T) {
+        // SAFETY: as the caller vouches.
+        unsafe { self.unit.add(at).cast::<T>().add(self.index).write_unaligned(value) }
+    }
+}
+
+/// What a step of the upper digit is worth.
+pub(super) const DIGIT: i32 = 128;
+/// Largest magnitudes: of one digit, and of two (both digits then fit in a signed byte).
+const MAX_INT8: f32 = 127.0;
+const MAX_INT16: f32 = 127.0 * DIGIT as f32;
+/// Units whose values are all smaller count as zero, so that no reciprocal overflows.
+const SMALLEST: f32 = 1e-30;
+
+/// # Safety
+/// The machine must have AVX-512F and AVX-512BW; else as for [`write_row`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
+unsafe fn write_row_avx512(precision: Precision, values: &[f32], to: Slot) {
+    // SAFETY: as the caller vouches.
+    unsafe { write_row(precision, values, to) }
+}
+
+/// # Safety
+/// The machine must have AVX2; else as for [`write_row`].
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn write_row_avx2(precision: Precision, values: &[f32], to: Slot) {
+    // SAFETY: as the caller vouches.
+    unsafe { write_row(precision, values, to) }
+}
+
+/// # Safety
+/// `to` must be a slot of `precision` with records for all of `values`, and nobody else's.
+#[inline(always)]
+unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
+    let (units, rest) = values.as_chunks::<UNIT>();
+    let mut last = [0.0; UNIT];
+    last[..rest.len()].copy_from_slice(rest);
+    let last = if rest.is_empty() { None } else { Some(&last) };
+    for unit in units.iter().chain(last) {
+        // SAFETY: as the caller vouches, one record a unit.
+        unsafe {
+            match precision {
+                Precision::Int8 => write_integers(unit, to, Precision::Int8.record(), MAX_INT8),
+                Precision::Int16 => write_integers(unit, to, Precision::Int16.record(), MAX_INT16),
+                Precision::F32 => write_floats(unit, to),
+            }
+            to = Slot { unit: to.unit.wrapping_add(precision.record().bytes), ..to };
+        }
+    }
+}
+
+/// # Safety
+/// `to` must be a slot of `record`, whose digits hold up to `max`.
+#[inline(always)]
+unsafe fn write_integers(values: &[f32; UNIT], to: Slot, record: Record, max: f32) {
+    // Compared as integers, infinity and NaN are larger than all finite values.
+    let largest = values.iter().map(|x| x.to_bits() & !(1 << 31)).fold(0, u32::max);
+    let largest = f32::from_bits(largest);
+    let usable = (SMALLEST..=f32::MAX).contains(&largest);
+    let inverse = if usable { max / largest } else { 0.0 };
+    let scale = match usable {
+        true => largest / max,
+        false if largest < SMALLEST => 0.0,
+        false => f32::NAN,
+    };
+    // Adding 1.5 × 2^23 leaves the integer, rounded to nearest, in the low bits.
+    let integers = values.map(|x| {
+        let shifted = x * inverse + 12_582_912.0;
+        (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000)
+    });
+    let sums = [&integers[..UNIT / 2], &integers[UNIT / 2..]]
+        .map(|half| half.iter().fold(0_i32, |sum, &integer| sum.wrapping_add(integer)));
+    let sum = sums[0].wrapping_add(sums[1]);
+    // SAFETY: as the caller vouches, these are the places of the record's parts.
+    unsafe {
+        if record.scales == record.digit {
+            to.put(0, integers.map(|integer| integer as i8));
+        } else {
+            let high = integers.map(|integer| integer.wrapping_add(DIGIT / 2) >> DIGIT.trailing_zeros());
+            to.put(0, high.map(|high| high as i8));
+            let low: [i8; UNIT] = std::array::from_fn(|i| integers[i].wrapping_sub(high[i].wrapping_mul(DIGIT)) as i8);
+            to.put(record.digit, low);
+        }
+        to.put(record.scales, scale);
+        to.put(record.scaled_sums, scale * sum as f32);
+        for (i, sum) in [sums[0], sums[1], sum].into_iter().enumerate() {
+            to.put(record.sums + 4 * TILE * i, sum.wrapping_neg());
+        }
+    }
+}
+
+/// # Safety
+/// `to` must be a slot of an f32 record.
+#[inline(always)]
+unsafe fn write_floats(values: &[f32; UNIT], to: Slot) {
+    let record = Precision::F32.record();
+    let sums = [&values[..UNIT / 2], &values[UNIT / 2..]].map(|half| {
+        let quarters: [f32; 4] = std::array::from_fn(|i| (half[i] + half[4 + i]) + (half[8 + i] + half[12 + i]));
+        (quarters[0] + quarters[1]) + (quarters[2] + quarters[3])
+    });
+    // SAFETY: as the caller vouches, these are the places of the record's parts.
+    unsafe {
+        to.put(0, *values);
+        to.put(record.scales, 1.0_f32);
+        to.put(record.scaled_sums, sums[0] + sums[1]);
+        for (i, sum) in [sums[0], sums[1], sums[0] + sums[1]].into_iter().enumerate() {
+            to.put(record.sums + 4 * TILE * i, sum);
+        }
+    }
+}

@@ -1,0 +1,496 @@
+//! Products of row blocks with tiles of tokens.
+//!
+//! There is one loop nest for everything. For each unit the products of a part are summed by themselves (exactly,
+//! where they are integers), then scaled and added to the token's sum: always in the order of the columns,
+//! whether one token is computed or many. The compiler makes an instance of it for each instruction set,
+//! format, precision and number of tokens.
+
+use std::ops::Range;
+
+use setu_core::{DType, Error, Result};
+
+use super::activations::{Activations, DIGIT, Precision, TILE};
+use super::isa::{Isa, Kind};
+use super::layout::{self, Codes, Format, ROWS, UNIT};
+use super::pack::PackedMatrix;
+use super::simd::{Simd, portable::Portable};
+
+/// Activations of this size are gone through with one row block before the next, so that they stay in the second-level cache.
+const CACHED_BYTES: usize = 384 << 10;
+
+/// The kernel for a format and a precision on an instruction set: chosen once, called for every product.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    dtype: DType,
+    precision: Precision,
+    run: Run,
+}
+
+/// Where results go: `[tokens, rows]` in f32, rows of tokens `stride` apart. It may be copied to several threads.
+#[derive(Clone, Copy, Debug)]
+pub struct Output<'a> {
+    start: *mut f32,
+    len: usize,
+    stride: usize,
+    memory: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: writing through it is unsafe, with the contract of `Kernel::run`.
+unsafe impl Send for Output<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Output<'_> {}
+
+impl<'a> Output<'a> {
+    /// Token `t` of a call goes to `values[t * stride..]`.
+    pub fn new(values: &'a mut [f32], stride: usize) -> Output<'a> {
+        Output { start: values.as_mut_ptr(), len: values.len(), stride, memory: std::marker::PhantomData }
+    }
+
+    fn holds(&self, tokens: &Range<usize>, rows: usize) -> bool {
+        let needed = match tokens.len() {
+            0 => Some(0),
+            _ => (tokens.end - 1).checked_mul(self.stride).and_then(|start| start.checked_add(rows)),
+        };
+        rows <= self.stride && needed.is_some_and(|needed| needed <= self.len)
+    }
+}
+
+impl Kernel {
+    /// The kernel for weights of `dtype` times activations of `precision`. Float weights want [`Precision::F32`].
+    pub fn select(isa: Isa, dtype: DType, precision: Precision) -> Result<Kernel> {
+        let run = match isa.kind() {
+            Kind::Portable => portable(dtype, precision),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => x86::avx2(dtype, precision),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2Vnni => x86::avx2_vnni(dtype, precision),
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => x86::avx512(dtype, precision),
+        };
+        let run = run.ok_or_else(|| {
+            Error::unsupported(format!(
+                "the CPU backend cannot multiply weights in {dtype} with {precision:?} activations"
+            ))
+        })?;
+        Ok(Kernel { dtype, precision, run })
+    }
+
+    /// Multiplies row blocks `blocks` of `weights` with `tokens` of `activations`; token `t`'s result for row `r`
+    /// goes to `r` of row `t` of `output`. How a product is split into calls never changes a bit of it.
+    ///
+    /// # Safety
+    /// Meanwhile no other thread may write these tokens of `activations`, nor read or write these rows of these
+    /// tokens of `output`.
+    ///
+    /// # Panics
+    /// Where the shapes, format or precision don't fit one another.
+    pub unsafe fn run(
+        &self,
+        weights: &PackedMatrix,
+        activations: &Activations,
+        tokens: Range<usize>,
+        blocks: Range<usize>,
+        output: Output<'_>,
+    ) {
+        assert!(weights.dtype() == self.dtype && activations.precision() == self.precision, "operands of this kernel");
+        assert_eq!(weights.cols(), activations.cols(), "columns of weights and activations");
+        assert!(activations.holds(&tokens), "tokens of the activations");
+        assert!(blocks.start <= blocks.end && blocks.end <= weights.row_blocks(), "row blocks of the weights");
+        assert!(output.holds(&tokens, weights.rows()), "room for the result");
+        let call = Call { weights, activations, tokens, blocks, output: output.start, stride: output.stride };
+        // SAFETY: `select` gave `run` for this format, precision and a present instruction set; the ranges were
+        // just checked, and the caller keeps others out.
+        unsafe { (self.run)(&call) }
+    }
+
+    /// The whole product on this thread.
+    pub fn multiply(
+        &self,
+        weights: &PackedMatrix,
+        activations: &Activations,
+        tokens: Range<usize>,
+        output: &mut [f32],
+    ) {
+        // SAFETY: both are borrowed for the call, the output exclusively.
+        unsafe {
+            self.run(weights, activations, tokens, 0..weights.row_blocks(), Output::new(output, weights.rows()));
+        }
+    }
+}
+
+/// A checked call.
+struct Call<'a> {
+    weights: &'a PackedMatrix,
+    activations: &'a Activations,
+    tokens: Range<usize>,
+    blocks: Range<usize>,
+    output: *mut f32,
+    stride: usize,
+}
+
+/// One product of lanes with tokens.
+#[derive(Clone, Copy)]
+struct Tile {
+    /// The row block.
+    weights: *const u8,
+    /// First row in the row block.
+    lane: usize,
+    /// The first record of the tokens' tile.
+    records: *const u8,
+    /// First token in the tile.
+    first: usize,
+    units: usize,
+}
+
+/// What differs between precisions.
+///
+/// # Safety
+/// `unit` must be of format `F`, `values` and `record` (the place of the first of `N` tokens in it) of this
+/// precision, and the machine must have `S`.
+trait Mode<F: Format> {
+    const PRECISION: Precision;
+    /// Bytes of a value.
+    const VALUE: usize;
+    /// Sums over a part.
+    type Dots<S: Simd, const N: usize>;
+
+    unsafe fn zero<S: Simd, const N: usize>() -> Self::Dots<S, N>;
+    /// Adds the products of quad `J`. `values` are the unit's of the first token.
+    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
+        unit: *const u8,
+        lane: usize,
+        values: *const u8,
+        dots: &mut Self::Dots<S, N>,
+    );
+    /// The sums as f32, codes counted from zero. `part_sums` are the negated sums over the part's activations.
+    unsafe fn finish<S: Simd, const N: usize>(dots: Self::Dots<S, N>, part_sums: *const u8) -> [S::Float; N];
+}
+
+/// Integer activations of one or two digits.
+struct Integers<const DIGITS: usize>;
+
+impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
+    const PRECISION: Precision = if DIGITS == 1 { Precision::Int8 } else { Precision::Int16 };
+    const VALUE: usize = 1;
+    type Dots<S: Simd, const N: usize> = [[S::Int; N]; DIGITS];
+
+    #[inline(always)]
+    unsafe fn zero<S: Simd, const N: usize>() -> [[S::Int; N]; DIGITS] {
+        // SAFETY: as the caller vouches.
+        [[unsafe { S::splat(0) }; N]; DIGITS]
+    }
+
+    #[inline(always)]
+    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
+        unit: *const u8,
+        lane: usize,
+        values: *const u8,
+        dots: &mut [[S::Int; N]; DIGITS],
+    ) {
+        let record = const { <Self as Mode<F>>::PRECISION.record() };
+        // SAFETY: each digit has four bytes for quad `J` of each token, `UNIT` bytes apart.
+        unsafe {
+            let codes = F::codes::<S, J>(unit, lane);
+            for (digit, dots) in dots.iter_mut().enumerate() {
+                for (token, dot) in dots.iter_mut().enumerate() {
+                    let quad = values.add(digit * record.digit + token * UNIT + 4 * J).cast::<i32>();
+                    *dot = S::dot(*dot, codes, quad.read_unaligned(), F::WIDE);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const N: usize>(dots: [[S::Int; N]; DIGITS], part_sums: *const u8) -> [S::Float; N] {
+        // SAFETY: as the caller vouches.
+        unsafe {
+            std::array::from_fn(|token| {
+                let dot = match DIGITS {
+                    1 => dots[0][token],
+                    _ => S::add(S::shl::<{ DIGIT.trailing_zeros() }>(dots[0][token]), dots[1][token]),
+                };
+                if F::MIN {
+                    return S::to_float(dot);
+                }
+                let sum = S::splat(part_sums.cast::<i32>().add(token).read_unaligned());
+                let offset = match F::ZERO_SHIFT {
+                    2 => S::shl::<2>(sum),
+                    3 => S::shl::<3>(sum),
+                    4 => S::shl::<4>(sum),
+                    5 => S::shl::<5>(sum),
+                    _ => S::shl::<7>(sum),
+                };
+                S::to_float(S::add(dot, offset))
+            })
+        }
+    }
+}
+
+/// Activations in f32; codes are turned into floats on the way.
+struct Floats;
+
+impl<F: Format> Mode<F> for Floats {
+    const PRECISION: Precision = Precision::F32;
+    const VALUE: usize = 4;
+    type Dots<S: Simd, const N: usize> = [S::Float; N];
+
+    #[inline(always)]
+    unsafe fn zero<S: Simd, const N: usize>() -> [S::Float; N] {
+        // SAFETY: as the caller vouches.
+        [unsafe { S::splat_float(0.0) }; N]
+    }
+
+    #[inline(always)]
+    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
+        unit: *const u8,
+        lane: usize,
+        values: *const u8,
+        dots: &mut [S::Float; N],
+    ) {
+        // SAFETY: there are four f32 for quad `J` of each token, `UNIT` of them apart.
+        unsafe {
+            let weights = F::values::<S, J>(unit, lane);
+            for (column, weight) in weights.into_iter().enumerate() {
+                for (token, dot) in dots.iter_mut().enumerate() {
+                    let value = values.cast::<f32>().add(token * UNIT + 4 * J + column).read_unaligned();
+                    *dot = S::mul_add(weight, S::splat_float(value), *dot);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const N: usize>(dots: [S::Float; N], _part_sums: *const u8) -> [S::Float; N] {
+        dots
+    }
+}
+
+/// Adds part `PART` of a unit to `sums`. `record` is the unit's record, moved to the first token's place among
+/// the f32 and i32.
+///
+/// # Safety
+/// As for [`Mode`].
+#[inline(always)]
+unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize>(
+    header: (S::Float, S::Float),
+    (unit, lane): (*const u8, usize),
+    (values, record): (*const u8, *const u8),
+    sums: &mut [S::Float; N],
+) {
+    let places = const { M::PRECISION.record() };
+    let integers = const { !matches!(M::PRECISION, Precision::F32) };
+    // SAFETY: as the caller vouches; a record holds `TILE` scales and sums at these places.
+    unsafe {
+        let mut dots = M::zero::<S, N>();
+        macro_rules! quads {
+            ($($j:literal)*) => {{ $(M::quad::<S, $j, N>(unit, lane, values, &mut dots);)* }};
+        }
+        match (F::PARTS, PART) {
+            // A line's low and high nibbles in turn.
+            (1, _) => quads!(0 4 1 5 2 6 3 7),
+            (_, 0) => quads!(0 1 2 3),
+            _ => quads!(4 5 6 7),
+        }
+        let part_sums = record.add(places.sums + 4 * TILE * (if F::PARTS == 1 { 2 } else { PART }));
+        let dots = M::finish::<S, N>(dots, part_sums);
+        let (scale, min) = F::scales::<S, PART>(header, unit, lane);
+        for token in 0..N {
+            let float = |at: usize| S::splat_float(record.add(at).cast::<f32>().add(token).read_unaligned());
+            sums[token] = if !F::SCALED {
+                S::add_float(sums[token], dots[token])
+            } else if integers {
+                S::mul_add(dots[token], S::mul(scale, float(places.scales)), sums[token])
+            } else {
+                S::mul_add(dots[token], scale, sums[token])
+            };
+            if F::MIN {
+                let sum = if F::PARTS == 1 {
+                    float(places.scaled_sums)
+                } else if integers {
+                    let negated = S::to_float(S::splat(part_sums.cast::<i32>().add(token).read_unaligned()));
+                    S::mul(S::mul(negated, S::splat_float(-1.0)), float(places.scales))
+                } else {
+                    S::splat_float(part_sums.cast::<f32>().add(token).read_unaligned())
+                };
+                sums[token] = S::mul_add(min, sum, sums[token]);
+            }
+        }
+    }
+}
+
+/// The products of `S::LANES` rows with `N` tokens.
+///
+/// # Safety
+/// As for [`Mode`], for all units of `tile`.
+#[inline(always)]
+unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) -> [S::Float; N] {
+    let Tile { weights, lane, records, first, units } = tile;
+    let record_bytes = const { M::PRECISION.record().bytes };
+    let (chunk_bytes, _) = const { layout::chunk::<F>() };
+    // SAFETY: chunks and records follow one another; there are `units` of both, a whole number of chunks.
+    unsafe {
+        let mut sums = [S::splat_float(0.0); N];
+        let mut values = records.add(first * UNIT * M::VALUE);
+        let mut record = records.add(4 * first);
+        for index in 0..units / F::UNITS {
+            let chunk = weights.add(index * chunk_bytes);
+            let header = F::header::<S>(chunk, lane);
+            for unit in 0..F::UNITS {
+                let unit = (chunk.add(F::HEADER_BYTES + unit * F::UNIT_BYTES), lane);
+                part::<S, F, M, 0, N>(header, unit, (values, record), &mut sums);
+                if F::PARTS == 2 {
+                    part::<S, F, M, 1, N>(header, unit, (values, record), &mut sums);
+                }
+                values = values.add(record_bytes);
+                record = record.add(record_bytes);
+            }
+        }
+        sums
+    }
+}
+
+/// A whole call.
+///
+/// # Safety
+/// As for [`Kernel::run`], whose checks must have passed; the machine must have `S`, and the operands be of `F` and `M`.
+#[inline(always)]
+unsafe fn run<S: Simd, F: Format, M: Mode<F>>(call: &Call) {
+    let Call { weights, activations, tokens, blocks, .. } = call;
+    let units = weights.cols().div_ceil(UNIT);
+    let tile_bytes = units * M::PRECISION.record().bytes;
+    let tokens_cached = (CACHED_BYTES / tile_bytes.max(1)).max(1) * TILE;
+    let mut start = tokens.start;
+    while start < tokens.end {
+        let end = tokens.end.min((start / TILE * TILE).saturating_add(tokens_cached));
+        for block in blocks.clone() {
+            let rows = (weights.rows() - block * ROWS).min(ROWS);
+            for lane in (0..rows).step_by(S::LANES) {
+                let mut token = start;
+                while token < end {
+                    let first = token % TILE;
+                    // SAFETY: block, lane and token are inside of their operands, as `Kernel::run` checked, and
+                    // `step` never leaves the tile of eight tokens.
+                    unsafe {
+                        let tile = Tile {
+                            weights: weights.as_ptr().add(block * weights.block_bytes()),
+                            lane,
+                            records: activations.tile(token / TILE),
+                            first,
+                            units,
+                        };
+                        let to = call.output.add(token * call.stride + block * ROWS + lane);
+                        let rows = (rows - lane).min(S::LANES);
+                        let left = (end - token).min(TILE - first);
+                        token += if S::TOKENS >= 8 && left >= 8 {
+                            step::<S, F, M, 8>(tile, to, call.stride, rows)
+                        } else if S::TOKENS >= 4 && left >= 4 {
+                            step::<S, F, M, 4>(tile, to, call.stride, rows)
+                        } else if S::TOKENS >= 2 && left >= 2 {
+                            step::<S, F, M, 2>(tile, to, call.stride, rows)
+                        } else {
+                            step::<S, F, M, 1>(tile, to, call.stride, rows)
+                        };
+                    }
+                }
+            }
+        }
+        start = end;
+    }
+}
+
+/// Computes and stores `rows` rows of `N` tokens.
+///
+/// # Safety
+/// As for [`product`]; `to` must be valid for `rows` f32 in each of `N` rows `stride` apart.
+#[inline(always)]
+unsafe fn step<S: Simd, F: Format, M: Mode<F>, const N: usize>(
+    tile: Tile,
+    to: *mut f32,
+    stride: usize,
+    rows: usize,
+) -> usize {
+    // SAFETY: as the caller vouches; a vector that would reach past the last row goes through `buffer`.
+    unsafe {
+        for (token, sum) in product::<S, F, M, N>(tile).into_iter().enumerate() {
+            let to = to.add(token * stride);
+            if rows == S::LANES {
+                S::store(sum, to);
+            } else {
+                let mut buffer = [0.0_f32; ROWS];
+                S::store(sum, buffer.as_mut_ptr());
+                to.copy_from_nonoverlapping(buffer.as_ptr(), rows);
+            }
+        }
+    }
+    N
+}
+
+type Run = unsafe fn(&Call);
+
+/// A function that finds the instance of `$entry` for a format and precision.
+macro_rules! table {
+    ($vis:vis $name:ident, $entry:ident) => {
+        $vis fn $name(dtype: DType, precision: Precision) -> Option<Run> {
+            fn coded<F: Codes>(precision: Precision) -> Run {
+                match precision {
+                    Precision::Int8 => $entry::<F, Integers<1>>,
+                    Precision::Int16 => $entry::<F, Integers<2>>,
+                    Precision::F32 => $entry::<F, Floats>,
+                }
+            }
+            let float = precision == Precision::F32;
+            Some(match dtype {
+                DType::F32 if float => $entry::<layout::F32, Floats>,
+                DType::F16 if float => $entry::<layout::F16, Floats>,
+                DType::BF16 if float => $entry::<layout::Bf16, Floats>,
+                DType::Q4_0 => coded::<layout::Q4_0>(precision),
+                DType::Q4_1 => coded::<layout::Q4_1>(precision),
+                DType::Q5_0 => coded::<layout::Q5_0>(precision),
+                DType::Q5_1 => coded::<layout::Q5_1>(precision),
+                DType::Q8_0 => coded::<layout::Q8_0>(precision),
+                DType::Q2K => coded::<layout::Q2K>(precision),
+                DType::Q3K => coded::<layout::Q3K>(precision),
+                DType::Q4K => coded::<layout::Q4K>(precision),
+                DType::Q5K => coded::<layout::Q5K>(precision),
+                DType::Q6K => coded::<layout::Q6K>(precision),
+                _ => return None,
+            })
+        }
+    };
+}
+
+/// # Safety
+/// As for [`run`].
+unsafe fn run_portable<F: Format, M: Mode<F>>(call: &Call) {
+    // SAFETY: as the caller vouches.
+    unsafe { run::<Portable, F, M>(call) }
+}
+
+table!(portable, run_portable);
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::super::simd::avx2::{Avx2, Avx2Vnni};
+    use super::super::simd::avx512::Avx512;
+    use super::*;
+
+    macro_rules! entry {
+        ($name:ident, $simd:ty, $features:literal) => {
+            /// # Safety
+            /// As for [`run`].
+            #[target_feature(enable = $features)]
+            unsafe fn $name<F: Format, M: Mode<F>>(call: &Call) {
+                // SAFETY: as the caller vouches.
+                unsafe { run::<$simd, F, M>(call) }
+            }
+        };
+    }
+
+    entry!(run_avx2, Avx2, "avx2,fma,f16c");
+    entry!(run_avx2_vnni, Avx2Vnni, "avx2,fma,f16c,avxvnni");
+    entry!(run_avx512, Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
+
+    table!(pub(super) avx2, run_avx2);
+    table!(pub(super) avx2_vnni, run_avx2_vnni);
+    table!(pub(super) avx512, run_avx512);
+}

@@ -1,0 +1,268 @@
+//! From a checkpoint's rows to row blocks.
+//!
+//! Packing is on the way to the first token, so row blocks are independent (threads share them out) and the
+//! common formats are moved word by word without taking codes apart.
+
+use std::slice::ChunksExactMut;
+
+use setu_core::{DType, Error, Result};
+
+use super::formats::{Block, Coding, coding};
+use super::layout::{self, LINE, ROWS, UNIT};
+use super::memory::AlignedBytes;
+
+/// A weight matrix `[rows, cols]` in row blocks; rows beyond the last are zero.
+#[derive(Debug)]
+pub struct PackedMatrix {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    block_bytes: usize,
+    bytes: AlignedBytes,
+}
+
+impl PackedMatrix {
+    /// Packs a matrix whose rows come in `parts`, one after the other: query, key and value weights, say.
+    pub fn pack(dtype: DType, cols: usize, parts: &[&[u8]]) -> Result<PackedMatrix> {
+        let source = Source::new(dtype, cols, parts)?;
+        let mut matrix = PackedMatrix::zeroed(dtype, source.rows, cols)?;
+        for (index, block) in matrix.blocks_mut().enumerate() {
+            source.pack_block(index, block)?;
+        }
+        Ok(matrix)
+    }
+
+    /// Room for a matrix, to be filled by [`Source::pack_block`].
+    pub fn zeroed(dtype: DType, rows: usize, cols: usize) -> Result<PackedMatrix> {
+        let (chunk_bytes, chunk_cols) = chunk(dtype)?;
+        let too_large = || Error::invalid(format!("a weight of {rows} × {cols} in {dtype} is too large"));
+        let block_bytes = cols.div_ceil(chunk_cols).checked_mul(chunk_bytes).ok_or_else(too_large)?;
+        let bytes = block_bytes.checked_mul(rows.div_ceil(ROWS)).ok_or_else(too_large)?;
+        Ok(PackedMatrix { dtype, rows, cols, block_bytes, bytes: AlignedBytes::zeroed(bytes)? })
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How many row blocks there are: what threads split among themselves.
+    pub fn row_blocks(&self) -> usize {
+        self.rows.div_ceil(ROWS)
+    }
+
+    /// Size in memory.
+    pub fn byte_len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// The row blocks in order, each for one call of [`Source::pack_block`], on any thread.
+    pub fn blocks_mut(&mut self) -> ChunksExactMut<'_, u8> {
+        let block_bytes = self.block_bytes.max(1);
+        self.bytes.as_mut_slice().chunks_exact_mut(block_bytes)
+    }
+
+    /// Bytes of a row block.
+    pub(super) fn block_bytes(&self) -> usize {
+        self.block_bytes
+    }
+
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        self.bytes.as_ptr()
+    }
+}
+
+/// Rows as they lie in a checkpoint, possibly in several places.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    dtype: DType,
+    cols: usize,
+    row_bytes: usize,
+    rows: usize,
+    parts: &'a [&'a [u8]],
+}
+
+impl<'a> Source<'a> {
+    /// Each of `parts` must be a whole number of rows of `cols` elements.
+    pub fn new(dtype: DType, cols: usize, parts: &'a [&'a [u8]]) -> Result<Source<'a>> {
+        let row_bytes = dtype.size_of(&[cols]).filter(|&bytes| bytes > 0).ok_or_else(|| {
+            Error::invalid(format!(
+                "rows of {cols} columns cannot be stored in {dtype}, whose blocks have {} elements",
+                dtype.block_len()
+            ))
+        })?;
+        if let Some(part) = parts.iter().find(|part| part.len() % row_bytes != 0) {
+            return Err(Error::invalid(format!(
+                "{} bytes are no whole number of rows of {cols} columns in {dtype} ({row_bytes} bytes each)",
+                part.len()
+            )));
+        }
+        let rows = parts.iter().map(|part| part.len() / row_bytes).sum();
+        Ok(Source { dtype, cols, row_bytes, rows, parts })
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Fills row block `index` of a matrix of this format and shape.
+    pub fn pack_block(&self, index: usize, block: &mut [u8]) -> Result<()> {
+        let (chunk_bytes, chunk_cols) = chunk(self.dtype)?;
+        if block.len() != self.cols.div_ceil(chunk_cols) * chunk_bytes || index >= self.rows.div_ceil(ROWS) {
+            return Err(Error::internal(format!("row block {index} is not one of this matrix in {}", self.dtype)));
+        }
+        let first = index * ROWS;
+        let rows = (first..self.rows.min(first + ROWS)).filter_map(|row| self.row(row)).enumerate();
+        match self.dtype {
+            DType::F32 => rows.for_each(|(lane, row)| pack_words(row.as_chunks::<4>().0, lane, block)),
+            DType::BF16 => rows.for_each(|(lane, row)| pack_pairs(row, lane, block)),
+            DType::F16 => rows.for_each(|(lane, row)| pack_halves(row.as_chunks::<2>().0, lane, block)),
+            DType::Q4_0 => rows.for_each(|(lane, row)| pack_simple::<2, 18>(row, lane, block, 0)),
+            DType::Q4_1 => rows.for_each(|(lane, row)| pack_simple::<4, 20>(row, lane, block, 0)),
+            DType::Q8_0 => rows.for_each(|(lane, row)| pack_simple::<2, 34>(row, lane, block, 0x8080_8080)),
+            dtype => {
+                let coding = coding(dtype).ok_or_else(|| unknown(dtype))?;
+                let mut content = Block::default();
+                for (lane, row) in rows {
+                    let chunks = block.chunks_exact_mut(chunk_bytes);
+                    for (chunk, bytes) in chunks.zip(row.chunks_exact(dtype.block_bytes())) {
+                        content.read(dtype, bytes)?;
+                        pack_codes(&content, coding, lane, chunk);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn row(&self, mut row: usize) -> Option<&'a [u8]> {
+        for part in self.parts {
+            let rows = part.len() / self.row_bytes;
+            if row < rows {
+                return part.get(row * self.row_bytes..(row + 1) * self.row_bytes);
+            }
+            row -= rows;
+        }
+        None
+    }
+}
+
+/// Bytes and columns of a chunk.
+fn chunk(dtype: DType) -> Result<(usize, usize)> {
+    Ok(match dtype {
+        DType::F32 => layout::chunk::<layout::F32>(),
+        DType::F16 => layout::chunk::<layout::F16>(),
+        DType::BF16 => layout::chunk::<layout::Bf16>(),
+        DType::Q4_0 => layout::chunk::<layout::Q4_0>(),
+        DType::Q4_1 => layout::chunk::<layout::Q4_1>(),
+        DType::Q5_0 => layout::chunk::<layout::Q5_0>(),
+        DType::Q5_1 => layout::chunk::<layout::Q5_1>(),
+        DType::Q8_0 => layout::chunk::<layout::Q8_0>(),
+        DType::Q2K => layout::chunk::<layout::Q2K>(),
+        DType::Q3K => layout::chunk::<layout::Q3K>(),
+        DType::Q4K => layout::chunk::<layout::Q4K>(),
+        DType::Q5K => layout::chunk::<layout::Q5K>(),
+        DType::Q6K => layout::chunk::<layout::Q6K>(),
+        other => return Err(unknown(other)),
+    })
+}
+
+fn unknown(dtype: DType) -> Error {
+    Error::unsupported(format!("the CPU backend has no kernels for weights in {dtype}"))
+}
+
+fn pack_words(row: &[[u8; 4]], lane: usize, block: &mut [u8]) {
+    for (line, word) in block.as_chunks_mut::<LINE>().0.iter_mut().zip(row) {
+        line[4 * lane..4 * lane + 4].copy_from_slice(word);
+    }
+}
+
+fn pack_pairs(row: &[u8], lane: usize, block: &mut [u8]) {
+    for (line, pair) in block.as_chunks_mut::<LINE>().0.iter_mut().zip(row.chunks(4)) {
+        line[4 * lane..4 * lane + pair.len()].copy_from_slice(pair);
+    }
+}
+
+fn pack_halves(row: &[[u8; 2]], lane: usize, block: &mut [u8]) {
+    for (line, half) in block.as_chunks_mut::<{ LINE / 2 }>().0.iter_mut().zip(row) {
+        line[2 * lane..2 * lane + 2].copy_from_slice(half);
+    }
+}
+
+/// Formats whose codes lie in the file as in a unit: one or two f16 (`SCALES` bytes), then whole words of codes.
+fn pack_simple<const SCALES: usize, const BLOCK: usize>(row: &[u8], lane: usize, block: &mut [u8], flip: u32) {
+    let unit_bytes = (BLOCK - SCALES) * ROWS + SCALES * ROWS;
+    for (unit, bytes) in block.chunks_exact_mut(unit_bytes).zip(row.as_chunks::<BLOCK>().0) {
+        let (scales, lines) = unit.split_at_mut(SCALES * ROWS);
+        for (i, half) in bytes[..SCALES].as_chunks::<2>().0.iter().enumerate() {
+            let at = 2 * (i * ROWS + lane);
+            scales[at..at + 2].copy_from_slice(half);
+        }
+        let words = bytes[SCALES..].as_chunks::<4>().0;
+        for (line, word) in lines.as_chunks_mut::<LINE>().0.iter_mut().zip(words) {
+            let word = u32::from_le_bytes(*word) ^ flip;
+            line[4 * lane..4 * lane + 4].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+}
+
+fn pack_codes(content: &Block, coding: Coding, lane: usize, chunk: &mut [u8]) {
+    let (units, parts) = (if coding.nested { 8 } else { 1 }, UNIT / coding.group);
+    let halves = [content.scale, content.min];
+    let halves = &halves[..if coding.min { 2 } else { 1 }];
+    let put_halves = |to: &mut [u8]| {
+        for (i, half) in halves.iter().enumerate() {
+            let at = 2 * (i * ROWS + lane);
+            to[at..at + 2].copy_from_slice(&half.to_le_bytes());
+        }
+    };
+    let half_bytes = 2 * ROWS * halves.len();
+    let (header, rest) = chunk.split_at_mut(if coding.nested { half_bytes } else { 0 });
+    if coding.nested {
+        put_halves(header);
+    }
+    let scale_bytes = if coding.nested { parts * ROWS * halves.len() } else { half_bytes };
+    let unit_bytes = scale_bytes + coding.bits as usize * LINE;
+    for (u, unit) in rest.chunks_exact_mut(unit_bytes).take(units).enumerate() {
+        let (scales, lines) = unit.split_at_mut(scale_bytes);
+        if coding.nested {
+            for (part, to) in scales.chunks_exact_mut(ROWS * halves.len()).enumerate() {
+                to[lane] = content.scales[parts * u + part] as u8;
+                if coding.min {
+                    to[ROWS + lane] = content.mins[parts * u + part] as u8;
+                }
+            }
+        } else {
+            put_halves(scales);
+        }
+        let quads = &content.codes[UNIT * u..UNIT * (u + 1)];
+        let quads: [u32; 8] = std::array::from_fn(|j| u32::from_le_bytes(std::array::from_fn(|b| quads[4 * j + b])));
+        let words = words_of(quads, coding.bits);
+        for (line, word) in lines.as_chunks_mut::<LINE>().0.iter_mut().zip(words) {
+            line[4 * lane..4 * lane + 4].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+}
+
+/// A row's words in the lines of a unit; `layout.rs` reads them back.
+fn words_of(quads: [u32; 8], bits: u32) -> [u32; 8] {
+    let nibbles = |v: usize| quads[v] & 0x0f0f_0f0f | (quads[v + 4] & 0x0f0f_0f0f) << 4;
+    let pairs =
+        |v: usize, from: u32| (0..4).fold(0, |word, j| word | (quads[4 * v + j] >> from & 0x0303_0303) << (2 * j));
+    let ones = |from: u32| (0..8).fold(0, |word, j| word | (quads[j] >> from & 0x0101_0101) << j);
+    match bits {
+        2 => [pairs(0, 0), pairs(1, 0), 0, 0, 0, 0, 0, 0],
+        3 => [pairs(0, 0), pairs(1, 0), ones(2), 0, 0, 0, 0, 0],
+        4 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), 0, 0, 0, 0],
+        5 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), ones(4), 0, 0, 0],
+        6 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), pairs(0, 4), pairs(1, 4), 0, 0],
+        _ => quads,
+    }
+}

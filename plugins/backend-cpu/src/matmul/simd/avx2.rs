@@ -1,0 +1,83 @@
+//! AVX2: eight rows a vector, with and without the VNNI instructions of newer desktop processors.
+
+use std::arch::x86_64::*;
+
+use super::Simd;
+
+#[derive(Clone, Copy)]
+pub(in crate::matmul) struct Avx2;
+
+#[derive(Clone, Copy)]
+pub(in crate::matmul) struct Avx2Vnni;
+
+macro_rules! op {
+    ($features:literal $(fn $name:ident $(<const $n:ident: $t:ty>)? ($($arg:ident: $at:ty),*) $(-> $ret:ty)? { $body:expr })*) => {$(
+        #[inline]
+        #[target_feature(enable = $features)]
+        unsafe fn $name $(<const $n: $t>)? ($($arg: $at),*) $(-> $ret)? {
+            $body
+        }
+    )*};
+}
+
+macro_rules! common {
+    ($features:literal) => {
+        const LANES: usize = 8;
+        const TOKENS: usize = 4;
+        type Int = __m256i;
+        type Float = __m256;
+
+        op! { $features
+            // SAFETY: the caller vouches for 32 readable bytes.
+            fn load(from: *const u8) -> __m256i { unsafe { _mm256_loadu_si256(from.cast()) } }
+            // SAFETY: the caller vouches for 8 readable bytes.
+            fn load_i8(from: *const u8) -> __m256i { _mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from.cast()) }) }
+            fn splat(value: i32) -> __m256i { _mm256_set1_epi32(value) }
+            fn add(a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi32(a, b) }
+            fn sub(a: __m256i, b: __m256i) -> __m256i { _mm256_sub_epi32(a, b) }
+            fn and(a: __m256i, b: __m256i) -> __m256i { _mm256_and_si256(a, b) }
+            fn or(a: __m256i, b: __m256i) -> __m256i { _mm256_or_si256(a, b) }
+            fn shl<const BITS: u32>(a: __m256i) -> __m256i { _mm256_sll_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
+            fn shr<const BITS: u32>(a: __m256i) -> __m256i { _mm256_srl_epi32(a, _mm_cvtsi32_si128(BITS as i32)) }
+            fn to_float(a: __m256i) -> __m256 { _mm256_cvtepi32_ps(a) }
+            fn as_float(a: __m256i) -> __m256 { _mm256_castsi256_ps(a) }
+            // SAFETY: the caller vouches for 16 readable bytes.
+            fn load_f16(from: *const u8) -> __m256 { _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) }) }
+            fn splat_float(value: f32) -> __m256 { _mm256_set1_ps(value) }
+            fn add_float(a: __m256, b: __m256) -> __m256 { _mm256_add_ps(a, b) }
+            fn mul(a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
+            fn mul_add(a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
+            // SAFETY: the caller vouches for 8 writable f32.
+            fn store(value: __m256, to: *mut f32) { unsafe { _mm256_storeu_ps(to, value) } }
+        }
+    };
+}
+
+impl Simd for Avx2 {
+    common!("avx2,fma,f16c");
+    op! { "avx2,fma,f16c"
+        fn dot(sums: __m256i, codes: __m256i, quad: i32, wide: bool) -> __m256i {
+            if wide {
+                // Pairs of 255 × 127 overflow the 16 bits of `maddubs`.
+                let quads = _mm256_set1_epi32(quad);
+                let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(quads));
+                let odd = _mm256_srai_epi16::<8>(quads);
+                let even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)), even);
+                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), odd);
+                _mm256_add_epi32(sums, _mm256_add_epi32(even, odd))
+            } else {
+                let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quad));
+                _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            }
+        }
+    }
+}
+
+impl Simd for Avx2Vnni {
+    common!("avx2,fma,f16c,avxvnni");
+    op! { "avx2,fma,f16c,avxvnni"
+        fn dot(sums: __m256i, codes: __m256i, quad: i32, _wide: bool) -> __m256i {
+            _mm256_dpbusd_avx_epi32(sums, codes, _mm256_set1_epi32(quad))
+        }
+    }
+}
