@@ -110,7 +110,10 @@ impl Activations {
     /// No other thread may read or write these columns of this token meanwhile.
     pub unsafe fn quantize_shared(&self, isa: Isa, token: usize, first_col: usize, values: &[f32]) {
         let end = first_col + values.len();
-        assert!(token < self.tokens && first_col.is_multiple_of(UNIT) && end <= self.cols, "columns of these activations");
+        assert!(
+            token < self.tokens && first_col.is_multiple_of(UNIT) && end <= self.cols,
+            "columns of these activations"
+        );
         assert!(end.is_multiple_of(UNIT) || end == self.cols, "a whole number of units");
         // SAFETY: token and columns were just checked, and the caller keeps others out.
         unsafe {

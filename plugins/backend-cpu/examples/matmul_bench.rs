@@ -1,0 +1,189 @@
+//! Speed of the matrix products beside the machine's ceilings, measured in the same run.
+//!
+//! `cargo run --release -p setu-backend-cpu --example matmul_bench -- [FORMATS] [PRECISIONS] [TOKENS] [THREADS] [ISA]`,
+//! the first four as lists with commas: `Q4_1,Q8_0 Int8,Int16 1,512 1,2 avx512`.
+//!
+//! Each shape has copies beyond the size of caches, so that one token's product reads from memory as decode
+//! does. Figures are those of the best pass: GB/s of packed weights, and GOP/s (a product and a sum are two).
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::Instant;
+
+use setu_backend_cpu::matmul::{Activations, Isa, Kernel, Output, PackedMatrix, Precision};
+use setu_core::DType;
+
+/// Name, rows and columns.
+const SHAPES: [(&str, usize, usize); 9] = [
+    ("135M qkv", 960, 576),
+    ("135M o", 576, 576),
+    ("135M gate+up", 3072, 576),
+    ("135M down", 576, 1536),
+    ("135M head", 49152, 576),
+    ("1.1B qkv", 2560, 2048),
+    ("1.1B o", 2048, 2048),
+    ("1.1B gate+up", 11264, 2048),
+    ("1.1B down", 2048, 5632),
+];
+/// Bytes of weights to go through in a pass with few tokens.
+const WORKING_SET: usize = 160 << 20;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let list = |at: usize, default: &str| -> Vec<String> {
+        arguments.get(at).map_or(default, String::as_str).split(',').map(String::from).collect()
+    };
+    let formats = list(0, "Q4_0,Q4_1,Q8_0,Q4_K,Q6_K,BF16");
+    let precisions = list(1, "Int8,Int16,F32");
+    let numbers = |list: Vec<String>| -> Vec<usize> { list.iter().filter_map(|n| n.parse().ok()).collect() };
+    let (tokens, threads) = (numbers(list(2, "1,32,512")), numbers(list(3, "1,2")));
+    let isa = match arguments.get(4).map(|name| Isa::named(name)) {
+        None => Isa::best(),
+        Some(Ok(isa)) => isa,
+        Some(Err(error)) => {
+            eprintln!("{error}");
+            std::process::exit(2);
+        }
+    };
+    println!("instruction set {isa}");
+    for &threads in &threads {
+        let bandwidth = best(threads, 5, READ_BYTES, |_, _| read());
+        print!("{threads} threads: reads {:.1} GB/s", threads as f64 * bandwidth);
+        match peak(threads) {
+            Some(peak) => println!(", byte products {peak:.0} GOP/s"),
+            None => println!(),
+        }
+    }
+    println!("format precision shape              tokens threads   GB/s   GOP/s");
+    for dtype in DType::ALL.into_iter().filter(|dtype| formats.iter().any(|name| name == dtype.name())) {
+        for (name, rows, cols) in SHAPES.into_iter().filter(|(_, _, cols)| cols % dtype.block_len() == 0) {
+            let Some(raw) = random_weights(dtype, rows * cols) else { continue };
+            let copies = (WORKING_SET / raw.len()).clamp(1, 200);
+            let weights: Vec<PackedMatrix> =
+                (0..copies).filter_map(|_| PackedMatrix::pack(dtype, cols, &[&raw]).ok()).collect();
+            for precision in [Precision::Int8, Precision::Int16, Precision::F32] {
+                let wanted = precisions.iter().any(|name| *name == format!("{precision:?}"));
+                let Some(kernel) = Kernel::select(isa, dtype, precision).ok().filter(|_| wanted) else { continue };
+                for &tokens in &tokens {
+                    for &threads in &threads {
+                        let (bytes, seconds) = measure(isa, kernel, precision, &weights, tokens, threads);
+                        let gops = 2e-9 * (rows * cols * tokens) as f64 / seconds;
+                        let line = format!("{dtype:6} {precision:9?} {name:12} {rows:6}");
+                        println!("{line} {tokens:6} {threads:7} {:6.1} {gops:7.0}", 1e-9 * bytes as f64 / seconds);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Bytes of a matrix and the seconds that its product takes.
+fn measure(
+    isa: Isa,
+    kernel: Kernel,
+    precision: Precision,
+    weights: &[PackedMatrix],
+    tokens: usize,
+    threads: usize,
+) -> (usize, f64) {
+    let (rows, cols) = (weights[0].rows(), weights[0].cols());
+    let x: Vec<f32> = (0..tokens * cols).map(|i| (i as f32 * 0.37).sin()).collect();
+    let Ok(mut activations) = Activations::new(precision, tokens, cols) else { return (0, f64::NAN) };
+    activations.quantize(isa, 0, &x);
+    let mut out = vec![0.0; tokens * rows];
+    let output = Output::new(&mut out, rows);
+    let weights = &weights[..weights.len().div_ceil(tokens)];
+    let passes = (2_000_000_000 / (rows * cols * tokens * weights.len())).clamp(3, 20);
+    let pass = |thread: usize, _: usize| {
+        for weights in weights {
+            let blocks = weights.row_blocks();
+            let range = blocks * thread / threads..blocks * (thread + 1) / threads;
+            // SAFETY: threads have row blocks of their own.
+            unsafe { kernel.run(weights, &activations, 0..tokens, range, output) };
+        }
+    };
+    let rate = best(threads, passes, weights.len(), pass);
+    (weights[0].byte_len(), 1e-9 / rate)
+}
+
+/// Billions of `items` a second, each thread calling `pass` once, in the best of `passes`.
+fn best(threads: usize, passes: usize, items: usize, pass: impl Fn(usize, usize) + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let run = |thread: usize| {
+        let mut shortest = f64::INFINITY;
+        for index in 0..passes + 1 {
+            barrier.wait();
+            let start = Instant::now();
+            pass(thread, index);
+            barrier.wait();
+            if index > 0 {
+                shortest = shortest.min(start.elapsed().as_secs_f64());
+            }
+        }
+        1e-9 * items as f64 / shortest
+    };
+    std::thread::scope(|scope| {
+        for thread in 1..threads {
+            scope.spawn(move || run(thread));
+        }
+        run(0)
+    })
+}
+
+const READ_BYTES: usize = 256 << 20;
+
+/// Reads `READ_BYTES` of this thread's own memory.
+fn read() {
+    thread_local!(static MEMORY: Vec<u64> = vec![1; READ_BYTES / 8]);
+    MEMORY.with(|memory| {
+        let mut sums = [0_u64; 16];
+        for chunk in memory.as_chunks::<16>().0 {
+            for (sum, x) in sums.iter_mut().zip(chunk) {
+                *sum = sum.wrapping_add(*x);
+            }
+        }
+        black_box(sums);
+    });
+}
+
+/// GOP/s of the byte dot product on registers, all threads together.
+#[cfg(target_arch = "x86_64")]
+fn peak(threads: usize) -> Option<f64> {
+    use std::arch::x86_64::*;
+
+    const STEPS: usize = 2_000_000;
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn dots() {
+        let codes = black_box(_mm512_set1_epi32(0x0102_0304));
+        let mut sums = [codes; 12];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, codes, codes);
+            }
+        }
+        black_box(sums);
+    }
+
+    if !is_x86_feature_detected!("avx512vnni") {
+        return None;
+    }
+    // SAFETY: the features were just detected.
+    Some(threads as f64 * best(threads, 5, STEPS * 12 * 128, |_, _| unsafe { dots() }))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn peak(_: usize) -> Option<f64> {
+    None
+}
+
+/// Random codes; the scales' bits are masked to small finite numbers.
+fn random_weights(dtype: DType, elements: usize) -> Option<Vec<u8>> {
+    let mut state = 1_u64;
+    let bytes = dtype.size_of(&[elements])?;
+    let next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8 & 0xbb
+    };
+    Some(std::iter::repeat_with(next).take(bytes).collect())
+}
