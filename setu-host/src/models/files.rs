@@ -7,6 +7,7 @@ use setu_core::{Error, ErrorKind, Result};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
 /// Names the path and the next step; `action` is a verb, as in "cannot write".
@@ -93,7 +94,7 @@ pub(super) fn land(staged: &Path, target: &Path) -> Result<()> {
 /// Writes a small file so that readers see the old text or the new.
 pub(super) fn write_atomically(path: &Path, text: &str) -> Result<()> {
     create_parent(path)?;
-    let staged = beside(path, &format!(".{}.new", std::process::id()));
+    let staged = unique_beside(path);
     std::fs::write(&staged, text)
         .and_then(|()| std::fs::rename(&staged, path))
         .map_err(|error| io_error(error, "write", path))
@@ -104,6 +105,13 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
+}
+
+/// A name beside `path` that nobody else uses at the time, in this process or another.
+pub(super) fn unique_beside(path: &Path) -> PathBuf {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let n = NEXT.fetch_add(1, Ordering::Relaxed);
+    beside(path, &format!(".{}-{n}.new", std::process::id()))
 }
 
 /// Copies what `reader` gives into a new file at `staged` and compares it with the pinned size and digest.

@@ -6,7 +6,7 @@
 
 use super::catalogue::PinnedFile;
 use super::digest::Digest;
-use super::files::{Lock, Stamp, beside, create_parent, io_error, land, remove};
+use super::files::{Lock, Stamp, beside, create_parent, io_error, land, remove, unique_beside};
 use super::manifest::{Check, Manifest, ManifestFile};
 use super::name::HubName;
 use super::progress::Progress;
@@ -274,7 +274,7 @@ fn point(pointer: &Path, blob: &Path, depth: usize) -> std::io::Result<()> {
         return Ok(());
     }
     create_parent(pointer).map_err(std::io::Error::other)?;
-    let staged = beside(pointer, &format!(".{}.new", std::process::id()));
+    let staged = unique_beside(pointer);
     remove(&staged).map_err(std::io::Error::other)?;
     std::os::unix::fs::symlink(&target, &staged)?;
     std::fs::rename(&staged, pointer)
@@ -284,7 +284,7 @@ fn point(pointer: &Path, blob: &Path, depth: usize) -> std::io::Result<()> {
 #[cfg(not(unix))]
 fn point(pointer: &Path, blob: &Path, _depth: usize) -> std::io::Result<()> {
     create_parent(pointer).map_err(std::io::Error::other)?;
-    let staged = beside(pointer, &format!(".{}.new", std::process::id()));
+    let staged = unique_beside(pointer);
     remove(&staged).map_err(std::io::Error::other)?;
     std::fs::hard_link(blob, &staged).or_else(|_| std::fs::copy(blob, &staged).map(|_| ()))?;
     std::fs::rename(&staged, pointer)
