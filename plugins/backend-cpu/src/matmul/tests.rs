@@ -280,3 +280,34 @@ fn misfits_are_refused() {
     assert!(Isa::named("mmx").unwrap_err().message().contains("portable"));
     assert!(PackedMatrix::zeroed(DType::F32, usize::MAX, 64).is_err());
 }
+
+#[test]
+fn dequantizing_agrees_with_the_python_package_gguf() {
+    // One block of `(7 i² + 31 i + 11) mod 251` with scale 0.5 and min 0.25; its first, second and last element,
+    // the sum, and sums weighted by `i mod 7 + 1` and `i mod 31`, from gguf 0.19's `dequantize`.
+    let cases: [(DType, &[usize], [f64; 6]); 10] = [
+        (DType::Q4_0, &[0], [-1.5, -0.5, -2.5, -16.0, -5.5, -290.0]),
+        (DType::Q4_1, &[0, 2], [3.75, 5.25, 3.75, 119.0, 451.0, 1566.75]),
+        (DType::Q5_0, &[0], [3.0, -5.5, -1.0, 18.0, 12.5, 295.0]),
+        (DType::Q5_1, &[0, 2], [14.75, 12.25, 5.25, 260.0, 994.0, 3409.75]),
+        (DType::Q8_0, &[0], [50.5, -44.5, 61.5, 84.5, 631.0, -2347.0]),
+        (DType::Q2K, &[80, 82], [0.0, 16.5, 16.0, 941.0, 3775.75, 13106.75]),
+        (DType::Q3K, &[108], [-13.5, -13.5, 4.5, -455.5, -2984.0, -10428.0]),
+        (DType::Q4K, &[0, 2], [216.75, 79.25, 190.0, 29499.0, 117326.25, 438436.25]),
+        (DType::Q5K, &[0, 2], [244.25, 821.75, 136.0, 62344.0, 254011.75, 878080.75]),
+        (DType::Q6K, &[208], [-621.0, 345.0, 1260.0, 4519.5, 45307.5, 109909.5]),
+    ];
+    for (dtype, halves, expected) in cases {
+        let mut block: Vec<u8> = (0..dtype.block_bytes()).map(|i| ((7 * i * i + 31 * i + 11) % 251) as u8).collect();
+        for (&at, value) in halves.iter().zip([0.5, 0.25]) {
+            block[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
+        }
+        let mut out = vec![0.0; dtype.block_len()];
+        dequantize_row(dtype, &block, &mut out).unwrap();
+        let sum = |weight: fn(usize) -> usize| -> f64 {
+            out.iter().enumerate().map(|(i, &x)| f64::from(x) * weight(i) as f64).sum()
+        };
+        let [first, second, last] = [out[0], out[1], out[out.len() - 1]].map(f64::from);
+        assert_eq!([first, second, last, sum(|_| 1), sum(|i| i % 7 + 1), sum(|i| i % 31)], expected, "{dtype}");
+    }
+}
