@@ -1,10 +1,12 @@
 //! What an author needs to test a component, and to hold it to the contract, without the engine.
 //!
+//! - [`backend`]: a conformance suite for backends;
 //! - [`views`]: step views for tests of schedulers and batchers, and their decisions as plain data;
 //! - [`reference`]: what a graph means, in f64, with tensors of every format from [`blocks`] and [`weights`];
 //! - [`plain`]: the reference as a backend that checks what an engine does with pages, for its tests;
 //! - [`steps`]: steps as owned data.
 
+pub mod backend;
 pub mod blocks;
 pub mod plain;
 pub mod reference;

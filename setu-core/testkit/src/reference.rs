@@ -77,11 +77,14 @@ impl ReferenceModel {
     /// K and V are rounded to `kv_dtype`, as a backend's pages do.
     ///
     /// # Errors
-    /// The data of a weight isn't as long as its shape says.
+    /// The data of a weight isn't as long as its shape says, or the reference doesn't know an op.
     pub fn new(graph: &Graph, weights: &[WeightData<'_>], kv_dtype: DType) -> Result<ReferenceModel> {
         if weights.len() != graph.weights.len() {
             let (wanted, found) = (graph.weights.len(), weights.len());
             return Err(Error::contract(format!("the graph has {wanted} weights, {found} were given")));
+        }
+        if let Some(node) = graph.nodes.iter().find(|node| matches!(node.op, Op::Custom { .. })) {
+            return Err(unknown(&node.op).within(&node.name));
         }
         let decoded = graph.weights.iter().zip(weights).map(|(weight, data)| {
             let bytes: usize = data.parts.iter().map(|part| part.len()).sum();
@@ -102,7 +105,7 @@ impl ReferenceModel {
     /// The logits at every position of a sequence, computed as a whole.
     ///
     /// # Errors
-    /// The graph holds an op that the reference doesn't know.
+    /// The graph has no logits.
     pub fn logits(&self, tokens: &[u32]) -> Result<Matrix> {
         let positions: Vec<u32> = (0..tokens.len() as u32).collect();
         let wanted: Vec<usize> = (0..tokens.len()).collect();
@@ -113,7 +116,7 @@ impl ReferenceModel {
     /// The logits of the wanted tokens.
     ///
     /// # Errors
-    /// The graph holds an op that the reference doesn't know, or has no logits.
+    /// The graph has no logits.
     pub fn run(&self, span: Span<'_>, kv: &mut dyn KvStore) -> Result<Matrix> {
         let logits = self.graph.output("logits").ok_or_else(|| Error::contract("the graph has no logits"))?;
         let mut values: Vec<Matrix> = vec![Matrix::new(0); self.graph.values.len()];
@@ -250,9 +253,13 @@ impl ReferenceModel {
                 span.wanted.iter().for_each(|&token| out.data.extend(inputs[0].row(token)));
                 out
             }
-            other => return Err(Error::unsupported(format!("the reference has no op called {}", other.name()))),
+            other => return Err(unknown(other)),
         })
     }
+}
+
+fn unknown(op: &Op) -> Error {
+    Error::unsupported(format!("the reference has no op called {}", op.name()))
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {

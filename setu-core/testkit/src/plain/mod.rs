@@ -24,6 +24,9 @@ use self::pages::{Pages, Tables};
 use crate::reference::{Matrix, ReferenceModel, Span};
 use crate::steps::StepData;
 
+/// Tests that need more have lost their way.
+const MAX_KV_BYTES: u64 = 1 << 30;
+
 /// See the [module](self).
 #[derive(Clone, Debug)]
 pub struct PlainBackend {
@@ -53,22 +56,28 @@ impl Backend for PlainBackend {
         if options.page_tokens == 0 || options.max_tokens == 0 || options.max_rows == 0 {
             return Err(Error::contract("page_tokens, max_tokens and max_rows must be over 0"));
         }
+        let element_bytes = options.kv_dtype.block_bytes();
+        let page_bytes: Vec<u64> = (0..graph.kv_groups.len() as u32)
+            .map(|group| u64::from(options.page_tokens) * graph.kv_token_bytes(group, element_bytes) as u64)
+            .collect();
         let kv_pages = if options.kv_pages.is_empty() {
-            let pages = options.max_model_len.div_ceil(options.page_tokens).saturating_mul(options.max_rows);
-            vec![pages.min(4096); graph.kv_groups.len()]
+            let pages = options.max_model_len.div_ceil(options.page_tokens).saturating_mul(options.max_rows).min(4096);
+            let all = page_bytes.iter().sum::<u64>().max(1);
+            let limit = if options.kv_bytes == 0 { u64::MAX } else { options.kv_bytes };
+            vec![u64::from(pages).min(limit / all) as u32; graph.kv_groups.len()]
         } else if options.kv_pages.len() == graph.kv_groups.len() {
             options.kv_pages.clone()
         } else {
             let (found, wanted) = (options.kv_pages.len(), graph.kv_groups.len());
             return Err(Error::contract(format!("kv_pages has {found} entries, the graph {wanted} KV groups")));
         };
-        let element_bytes = options.kv_dtype.block_bytes();
-        let kv_bytes = kv_pages.iter().zip(0..).map(|(&pages, group)| {
-            u64::from(pages) * u64::from(options.page_tokens) * graph.kv_token_bytes(group, element_bytes) as u64
-        });
+        let kv_bytes: u64 = kv_pages.iter().zip(&page_bytes).map(|(&pages, bytes)| u64::from(pages) * bytes).sum();
+        if kv_bytes > MAX_KV_BYTES {
+            return Err(Error::exhausted(format!("{kv_bytes} bytes of KV pages are more than {MAX_KV_BYTES}")));
+        }
         let info = ExecutableInfo {
             max_in_flight: self.max_in_flight,
-            kv_bytes: kv_bytes.sum(),
+            kv_bytes,
             weight_bytes: weights.iter().flat_map(|weight| &weight.parts).map(|part| part.len() as u64).sum(),
             workspace_bytes: 0,
             batch_invariant: true,
