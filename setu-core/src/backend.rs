@@ -167,7 +167,8 @@ pub struct Want {
 unsafe impl Row for Want {}
 
 impl Want {
-    /// Sample the next token with the row's slot.
+    /// Sample the next token with the row's slot. Its random number is that of its own position, one past
+    /// the wanted token's.
     pub const SAMPLE: u32 = 1;
     /// Report the log-probability of the sampled token.
     pub const LOGPROB: u32 = 2;

@@ -6,13 +6,13 @@
 use setu_core::backend::{Masks, NO_TOKEN, Want};
 use setu_core::graph::Graph;
 use setu_core::sampling::{SamplingParams, SlotState, argmax, log_sum_exp, top_logprobs};
-use setu_core::{Backend, DType};
+use setu_core::{Backend, DType, Ticket};
 
 use super::graphs::{self, SMALL};
 use super::rig::{Rig, Sequence, compare, options, reference};
 use super::{Checked, Options, Stop, Suite, ensure};
 use crate::blocks;
-use crate::steps::SlotData;
+use crate::steps::{SlotData, StepData};
 use crate::weights::WeightSet;
 
 pub fn check(suite: &mut Suite<'_>) {
@@ -148,7 +148,7 @@ fn generate(rig: &mut Rig<'_>, slots: &mut [SlotData], count: usize) -> Checked<
 /// Samples one more token for each sequence.
 fn continue_all(
     rig: &mut Rig<'_>,
-    mut step: crate::steps::StepData,
+    mut step: StepData,
     sequences: &mut [Sequence],
     states: &mut [SlotState],
 ) -> Checked {
@@ -249,55 +249,63 @@ fn carried(backend: &mut dyn Backend, _: &Options) -> Checked {
         step.wants.push(Want::new(row, count as u32 - 1, Want::SAMPLE | Want::LOGITS));
     }
     step.opened_slots = slots;
-    // Of each want of the step before, the sequence.
-    let mut order: Vec<usize> = vec![0, 1, 2, 3];
-    let mut in_flight = (rig.submit(&step)?, step, order.clone());
+    let mut flight = Flight { ticket: rig.submit(&step)?, step, sequences: vec![0, 1, 2, 3] };
     for round in 0..12 {
-        let finish = |rig: &mut Rig<'_>,
-                      (ticket, step, order): (_, crate::steps::StepData, Vec<usize>),
-                      sequences: &mut [Sequence],
-                      states: &mut [SlotState]|
-         -> Checked {
-            let outputs = rig.wait(ticket, &step)?;
-            for (want, sequence) in
-                order.into_iter().enumerate().filter(|&(want, _)| step.wants[want].has(Want::SAMPLE))
-            {
-                let position = sequences[sequence].tokens.len();
-                let expected = expected(&mut states[sequence], outputs.logits_row(want), None, position);
-                let found = outputs.tokens[want];
-                ensure!(
-                    found == expected,
-                    "sequence {sequence}, position {position}: token {found} instead of {expected}"
-                );
-                sequences[sequence].tokens.push(found);
-            }
-            Ok(())
+        let before = flight.sequences.clone();
+        flight = if overlap {
+            let next = carry_on(&mut rig, &mut sequences, &before, round)?;
+            flight.land(&mut rig, &mut sequences, &mut states)?;
+            next
+        } else {
+            flight.land(&mut rig, &mut sequences, &mut states)?;
+            carry_on(&mut rig, &mut sequences, &before, round)?
         };
-        let mut next = rig.step();
-        let wants: Vec<usize> = order.clone();
-        let mut shuffled = [0, 1, 2, 3];
-        rig.rng.shuffle(&mut shuffled);
-        if !overlap {
-            let done = std::mem::replace(&mut in_flight, (setu_core::Ticket(0), next.clone(), Vec::new()));
-            finish(&mut rig, done, &mut sequences, &mut states)?;
-        }
-        for &sequence in &shuffled {
-            let want = wants.iter().rposition(|&other| other == sequence).unwrap_or(0) as u32;
-            let row = rig.add_carried(&mut next, &mut sequences[sequence], want);
-            if round % 3 == 1 && sequence == shuffled[0] {
-                // A want that samples nothing shifts the numbers of those behind it.
-                next.wants.push(Want::new(row, 0, Want::LOGITS));
-            }
-            next.wants.push(Want::new(row, 0, Want::SAMPLE | Want::LOGITS));
-        }
-        order = next.wants.iter().map(|want| shuffled[want.row as usize]).collect();
-        let ticket = rig.submit(&next)?;
-        let done = std::mem::replace(&mut in_flight, (ticket, next, order.clone()));
-        if overlap {
-            finish(&mut rig, done, &mut sequences, &mut states)?;
-        }
     }
-    Ok(())
+    flight.land(&mut rig, &mut sequences, &mut states)
+}
+
+/// A step that was submitted.
+struct Flight {
+    ticket: Ticket,
+    step: StepData,
+    /// Of each want, the sequence.
+    sequences: Vec<usize>,
+}
+
+/// Submits a step in which each sequence goes on with the token that the step before samples for it.
+fn carry_on(rig: &mut Rig<'_>, sequences: &mut [Sequence], before: &[usize], round: u32) -> Checked<Flight> {
+    let mut step = rig.step();
+    let mut order: Vec<usize> = (0..sequences.len()).collect();
+    rig.rng.shuffle(&mut order);
+    for (place, &index) in order.iter().enumerate() {
+        let want = before.iter().rposition(|&other| other == index).unwrap_or(0);
+        let row = rig.add_carried(&mut step, &mut sequences[index], want as u32);
+        if place == 0 && round % 3 == 1 {
+            // A want that samples nothing shifts the numbers of those behind it.
+            step.wants.push(Want::new(row, 0, Want::LOGITS));
+        }
+        step.wants.push(Want::new(row, 0, Want::SAMPLE | Want::LOGITS));
+    }
+    let of_wants = step.wants.iter().map(|want| order[want.row as usize]).collect();
+    Ok(Flight { ticket: rig.submit(&step)?, step, sequences: of_wants })
+}
+
+impl Flight {
+    /// Waits for the step and checks what it sampled.
+    fn land(self, rig: &mut Rig<'_>, sequences: &mut [Sequence], states: &mut [SlotState]) -> Checked {
+        let outputs = rig.wait(self.ticket, &self.step)?;
+        for (want, index) in self.sequences.into_iter().enumerate() {
+            if !self.step.wants[want].has(Want::SAMPLE) {
+                continue;
+            }
+            let position = sequences[index].tokens.len();
+            let expected = expected(&mut states[index], outputs.logits_row(want), None, position);
+            let found = outputs.tokens[want];
+            ensure!(found == expected, "sequence {index}, position {position}: token {found} instead of {expected}");
+            sequences[index].tokens.push(found);
+        }
+        Ok(())
+    }
 }
 
 fn masks(backend: &mut dyn Backend, _: &Options) -> Checked {
@@ -329,7 +337,7 @@ fn masks(backend: &mut dyn Backend, _: &Options) -> Checked {
     ensure!(unmasked.is_err(), "a mask for a want that waits for none is accepted");
     let cut = rig.exec.provide(ticket, &Masks::new(&[1], &mask(&[96])[1..], words - 1));
     ensure!(cut.is_err(), "a mask that is too short is accepted");
-    let elsewhere = rig.exec.provide(setu_core::Ticket(ticket.0 + 7), &Masks::new(&[1], &mask(&[96]), words));
+    let elsewhere = rig.exec.provide(Ticket(ticket.0 + 7), &Masks::new(&[1], &mask(&[96]), words));
     ensure!(elsewhere.is_err(), "a mask for a ticket that isn't open is accepted");
     // Two in one call, out of order, and the third in another.
     let both = [mask(&[]), mask(&[96])].concat();
