@@ -490,9 +490,14 @@ fn offline_takes_what_is_there_and_says_what_is_missing() {
     fs::File::options().write(true).open(&blob).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
     assert_eq!(resolve(&offline, "org/tiny").unwrap().path, path);
 
-    fs::write(&blob, contents(20_000, 10)).unwrap();
-    assert!(resolve(&fixture.store(), "org/tiny").unwrap().fetched, "a damaged file is fetched again");
-    assert_eq!(fs::read(&path).unwrap(), model);
+    for name in ["org/tiny", "org/tiny:tiny.gguf"] {
+        resolve(&fixture.store(), name).unwrap();
+        fs::write(&blob, contents(20_000, 10)).unwrap();
+        let error = resolve(&offline, name).unwrap_err().to_string();
+        assert!(error.contains("is not, or not whole, in"), "{error}");
+        assert!(resolve(&fixture.store(), name).unwrap().fetched, "a damaged file is fetched again");
+        assert_eq!(fs::read(&path).unwrap(), model);
+    }
 }
 
 #[test]
@@ -500,17 +505,31 @@ fn what_other_tools_have_fetched_is_used() {
     let fixture = Fixture::new(&[]);
     let repository = fixture.repository();
     let snapshot = repository.join("snapshots").join(COMMIT);
-    fs::create_dir_all(&snapshot).unwrap();
-    fs::create_dir_all(repository.join("refs")).unwrap();
-    fs::write(repository.join("refs/main"), COMMIT).unwrap();
-    for (name, bytes) in [("tiny.gguf", "GGUF"), ("config.json", "{}"), ("model.safetensors", "x")] {
-        fs::write(snapshot.join(name), bytes).unwrap();
+    for folder in [&snapshot, &repository.join("refs"), &repository.join("blobs")] {
+        fs::create_dir_all(folder).unwrap();
     }
-    assert_eq!(resolve(&fixture.store(), "org/tiny:tiny.gguf").unwrap().path, snapshot.join("tiny.gguf"));
-    let pinned = format!("org/tiny@{COMMIT}:tiny.gguf");
-    assert_eq!(resolve(&fixture.store(), &pinned).unwrap().path, snapshot.join("tiny.gguf"));
-    assert_eq!(resolve(&fixture.offline(), "org/tiny:model.safetensors").unwrap().path, snapshot);
+    fs::write(repository.join("refs/main"), COMMIT).unwrap();
+    fs::write(snapshot.join("config.json"), "{}").unwrap();
+    fs::write(snapshot.join("model.safetensors"), "x").unwrap();
+    let blob = repository.join("blobs").join(Digest::of(b"GGUF").to_string());
+    fs::write(&blob, "GGUF").unwrap();
+    std::os::unix::fs::symlink(&blob, snapshot.join("tiny.gguf")).unwrap();
+
+    let (online, offline) = (fixture.store(), fixture.offline());
+    let (model, pinned) = (snapshot.join("tiny.gguf"), format!("org/tiny@{COMMIT}:tiny.gguf"));
+    assert_eq!(resolve(&online, "org/tiny:tiny.gguf").unwrap().path, model);
+    assert_eq!(resolve(&online, &pinned).unwrap().path, model);
+    assert_eq!(resolve(&offline, "org/tiny:model.safetensors").unwrap().path, snapshot);
     assert_eq!(fixture.server.requests(), [""; 0]);
+
+    // Nothing says that the folder has all of it, so the Hub is asked where it can be.
+    resolve(&online, "org/tiny:model.safetensors").unwrap_err();
+    assert_eq!(fixture.server.requests().len(), 1);
+    // The name of a blob is its digest.
+    fs::write(&blob, "GGML").unwrap();
+    for name in ["org/tiny:tiny.gguf", "org/tiny@main:tiny.gguf", &pinned] {
+        assert!(resolve(&offline, name).unwrap_err().to_string().contains("is not, or not whole, in"), "{name}");
+    }
 }
 
 #[test]
@@ -527,6 +546,9 @@ fn a_pull_follows_the_branch() {
         state.files.insert("tiny.gguf".to_string(), models[1].clone());
     });
     assert_eq!(resolve(&store, "org/tiny").unwrap().path, first, "a branch that moves on changes no run by itself");
+    fixture.server.faults(&[Fault::Status(404)]);
+    store.pull(&name, &mut Silent).unwrap_err();
+    assert_eq!(resolve(&store, "org/tiny").unwrap().path, first, "a pull that fails takes nothing away");
     let pulled = store.pull(&name, &mut Silent).unwrap();
     assert!(pulled.fetched);
     assert_eq!(fs::read(&pulled.path).unwrap(), models[1]);

@@ -6,11 +6,12 @@
 
 use super::catalogue::PinnedFile;
 use super::digest::Digest;
-use super::files::{Lock, Stamp, beside, create_parent, io_error, land, remove, unique_beside};
+use super::files::{Lock, Stamp, beside, io_error, land};
 use super::manifest::{Check, Manifest, ManifestFile};
-use super::name::HubName;
+use super::name::{HubName, is_inner_path};
 use super::progress::Progress;
 use super::repository::{Choice, Repository, RepositoryFile, choose};
+use super::snapshot;
 use super::transfer::{Client, Failure, Wanted};
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 use setu_core::{Error, Result};
@@ -65,20 +66,18 @@ impl<'a> Hub<'a> {
 
     /// What is on this machine is used without asking the Hub whether a branch has moved on.
     pub fn resolve(&self, name: &HubName, progress: &mut dyn Progress) -> Result<HubModel> {
-        let id = name.to_string();
-        if let Some(mut manifest) = Manifest::load(&self.manifests, &id) {
+        let known = Manifest::load(&self.manifests, &name.to_string()).filter(|known| known.whole || self.offline);
+        if let Some(mut manifest) = known.or_else(|| self.found(name)) {
             let check = manifest.check(&self.options.cache, progress)?;
-            if check == Check::Touched {
-                manifest.save(&self.manifests)?;
+            if check == Check::Touched
+                && let Err(error) = manifest.save(&self.manifests)
+            {
+                tracing::debug!(%name, %error, "Files have to be hashed again at the next start.");
             }
             if check != Check::Differs {
                 let path = manifest.checkpoint(&self.options.cache);
                 return Ok(HubModel { path, license: manifest.license, fetched: false });
             }
-        }
-        let single = name.file.as_deref().is_some_and(|file| file.to_ascii_lowercase().ends_with(".gguf"));
-        if let Some(path) = self.of_other_tools(name).filter(|_| single || self.offline) {
-            return Ok(HubModel { path, license: None, fetched: false });
         }
         self.fetch(name, progress)
     }
@@ -95,7 +94,6 @@ impl<'a> Hub<'a> {
         let client = self.client();
         let repository = self.describe(&client, name)?;
         let Choice { files, main } = choose(name, &repository.files)?;
-        Manifest::forget(&self.manifests, &name.to_string())?;
         let cache = self.cache_of(name);
         let snapshot = cache.pointer_path(&repository.commit);
         let mut manifest = Manifest {
@@ -103,6 +101,7 @@ impl<'a> Hub<'a> {
             snapshot: self.below_cache(&snapshot)?,
             license: repository.license,
             main,
+            whole: true,
             files: Vec::new(),
         };
         let mut fetched = false;
@@ -148,15 +147,29 @@ impl<'a> Hub<'a> {
         manifests
     }
 
-    /// A checkpoint that something else has put into the Hub's cache. Nothing tells whether all of it is there.
-    fn of_other_tools(&self, name: &HubName) -> Option<PathBuf> {
-        let cache = self.cache_of(name);
+    /// A checkpoint that other tools have put into the Hub's cache, not looked at so far. One file is whole
+    /// where it is; of a folder only the Hub knows what belongs to it, so that it must do offline alone.
+    fn found(&self, name: &HubName) -> Option<Manifest> {
         let reference = self.options.cache.join(self.repo(name).folder_name()).join("refs").join(&name.revision);
         let commit = std::fs::read_to_string(reference).unwrap_or_else(|_| name.revision.clone());
-        let snapshot = cache.pointer_path(commit.trim());
-        let files = files_of(&snapshot, "", 4);
-        let choice = choose(name, &files).ok()?;
-        Some(choice.main.map_or(snapshot.clone(), |main| snapshot.join(main)))
+        let commit = Some(commit.trim()).filter(|commit| is_inner_path(commit))?;
+        let folder = self.cache_of(name).pointer_path(commit);
+        let Choice { files, main } = choose(name, &snapshot::files(&folder)).ok()?;
+        let whole = main.is_some() && name.file.is_some();
+        let never = |file: RepositoryFile| ManifestFile {
+            path: file.path,
+            size: file.size,
+            modified_ns: 0,
+            sha256: file.sha256.map(|sha256| sha256.to_string()),
+        };
+        (whole || self.offline).then_some(Manifest {
+            name: name.to_string(),
+            snapshot: self.below_cache(&folder).ok()?,
+            license: None,
+            main,
+            whole,
+            files: files.into_iter().map(never).collect(),
+        })
     }
 
     fn describe(&self, client: &Client, name: &HubName) -> Result<Repository> {
@@ -200,7 +213,7 @@ impl<'a> Hub<'a> {
         }
         let pointer = cache.pointer_path(commit).join(&file.path);
         let depth = file.path.split('/').count() + 1;
-        point(&pointer, &blob, depth).map_err(|error| io_error(error, "create", &pointer))?;
+        snapshot::point(&pointer, &blob, depth).map_err(|error| io_error(error, "create", &pointer))?;
         Ok(!there)
     }
 
@@ -262,50 +275,6 @@ impl<'a> Hub<'a> {
             }
         }
     }
-}
-
-/// Puts `blob` into a snapshot: by a relative link, so that the cache can be moved.
-#[cfg(unix)]
-fn point(pointer: &Path, blob: &Path, depth: usize) -> std::io::Result<()> {
-    let mut target = PathBuf::from("../".repeat(depth));
-    target.push("blobs");
-    target.push(blob.file_name().unwrap_or_default());
-    if std::fs::read_link(pointer).is_ok_and(|there| there == target) {
-        return Ok(());
-    }
-    create_parent(pointer).map_err(std::io::Error::other)?;
-    let staged = unique_beside(pointer);
-    remove(&staged).map_err(std::io::Error::other)?;
-    std::os::unix::fs::symlink(&target, &staged)?;
-    std::fs::rename(&staged, pointer)
-}
-
-/// Links need a privilege on Windows, so the snapshot gets a second name of the same file.
-#[cfg(not(unix))]
-fn point(pointer: &Path, blob: &Path, _depth: usize) -> std::io::Result<()> {
-    create_parent(pointer).map_err(std::io::Error::other)?;
-    let staged = unique_beside(pointer);
-    remove(&staged).map_err(std::io::Error::other)?;
-    std::fs::hard_link(blob, &staged).or_else(|_| std::fs::copy(blob, &staged).map(|_| ()))?;
-    std::fs::rename(&staged, pointer)
-}
-
-/// The files below `folder`, with the digests that nobody knows left out.
-fn files_of(folder: &Path, prefix: &str, depth: usize) -> Vec<RepositoryFile> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut files = Vec::new();
-    for entry in entries.flatten() {
-        let Ok(name) = entry.file_name().into_string() else { continue };
-        let Ok(metadata) = std::fs::metadata(entry.path()) else { continue };
-        let path = format!("{prefix}{name}");
-        if metadata.is_dir() && depth > 1 {
-            files.extend(files_of(&entry.path(), &format!("{path}/"), depth - 1));
-        } else if metadata.is_file() {
-            files.push(RepositoryFile { path, size: metadata.len(), sha256: None, blob: String::new() });
-        }
-    }
-    files.sort_by(|a, b| a.path.cmp(&b.path));
-    files
 }
 
 /// A path as it stands in an address.

@@ -5,7 +5,7 @@
 //! system calls.
 
 use super::digest::Digest;
-use super::files::{Stamp, remove, write_atomically};
+use super::files::{Stamp, write_atomically};
 use super::name::is_inner_path;
 use super::progress::Progress;
 use serde::{Deserialize, Serialize};
@@ -22,6 +22,8 @@ pub(super) struct Manifest {
     pub license: Option<String>,
     /// The file that is the checkpoint, else the snapshot's folder is.
     pub main: Option<String>,
+    /// Whether these are known to be all files of the checkpoint.
+    pub whole: bool,
     pub files: Vec<ManifestFile>,
 }
 
@@ -50,10 +52,6 @@ impl Manifest {
     pub fn save(&self, folder: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self).map_err(|error| Error::internal(error.to_string()))?;
         write_atomically(&Manifest::path(folder, &self.name), &text)
-    }
-
-    pub fn forget(folder: &Path, name: &str) -> Result<()> {
-        remove(&Manifest::path(folder, name))
     }
 
     /// Where the checkpoint is, below the Hub's cache.

@@ -29,6 +29,7 @@ mod name;
 mod progress;
 mod pypi;
 mod repository;
+mod snapshot;
 mod store;
 mod transfer;
 

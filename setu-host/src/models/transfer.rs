@@ -1,7 +1,8 @@
 //! One file over HTTP: in pieces if need be, verified, never more than was announced.
 //!
 //! Every attempt goes on where the last one stopped, by a range request. An attempt is cut after some time,
-//! whatever its state: that finds a stalled connection, and costs a healthy one nothing but a new request. What ends a transfer is a number of attempts in a row that bring nothing.
+//! whatever its state: that finds a stalled connection, and costs a healthy one nothing but a new request.
+//! What ends a transfer is a number of attempts in a row that bring nothing.
 
 use super::digest::{Digest, Hasher};
 use super::files::{create_parent, io_error, mismatch, remove};
