@@ -1,10 +1,12 @@
 //! Speed of the matrix products beside the machine's ceilings, measured in the same run.
 //!
-//! `cargo run --release -p setu-backend-cpu --example matmul_bench -- [FORMATS] [PRECISIONS] [TOKENS] [THREADS] [ISA]`,
-//! the first four as lists with commas: `Q4_1,Q8_0 Int8,Int16 1,512 1,2 avx512`.
+//! `cargo run --release -p setu-backend-cpu --example matmul_bench -- [formats=Q4_1,Q8_0] [precisions=Int8,Int16,F32]
+//! [shapes=down,head] [tokens=1,32,512] [threads=1,2] [isa=avx512]`
 //!
 //! Each shape has copies beyond the size of caches, so that one token's product reads from memory as decode
 //! does. Figures are those of the best pass: GB/s of packed weights, and GOP/s (a product and a sum are two).
+//! `pack` is the speed of packing, in GB/s of the checkpoint's bytes, `quantize` that of preparing activations, in ns
+//! a token, both on one thread.
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -29,22 +31,20 @@ const SHAPES: [(&str, usize, usize); 9] = [
 const WORKING_SET: usize = 160 << 20;
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let list = |at: usize, default: &str| -> Vec<String> {
-        arguments.get(at).map_or(default, String::as_str).split(',').map(String::from).collect()
+    let list = |name: &str, default: &str| -> Vec<String> {
+        let given =
+            std::env::args().find_map(|argument| Some(argument.strip_prefix(name)?.strip_prefix('=')?.to_owned()));
+        given.as_deref().unwrap_or(default).split(',').map(String::from).collect()
     };
-    let formats = list(0, "Q4_0,Q4_1,Q8_0,Q4_K,Q6_K,BF16");
-    let precisions = list(1, "Int8,Int16,F32");
     let numbers = |list: Vec<String>| -> Vec<usize> { list.iter().filter_map(|n| n.parse().ok()).collect() };
-    let (tokens, threads) = (numbers(list(2, "1,32,512")), numbers(list(3, "1,2")));
-    let isa = match arguments.get(4).map(|name| Isa::named(name)) {
-        None => Isa::best(),
-        Some(Ok(isa)) => isa,
-        Some(Err(error)) => {
-            eprintln!("{error}");
-            std::process::exit(2);
-        }
-    };
+    let formats = list("formats", "Q4_0,Q4_1,Q8_0,Q4_K,Q6_K,BF16");
+    let precisions = list("precisions", "Int8,Int16,F32");
+    let shapes = list("shapes", "135M,1.1B");
+    let (tokens, threads) = (numbers(list("tokens", "1,32,512")), numbers(list("threads", "1,2")));
+    let isa = Isa::named(&list("isa", Isa::best().name())[0]).unwrap_or_else(|error| {
+        eprintln!("{error}");
+        std::process::exit(2);
+    });
     println!("instruction set {isa}");
     for &threads in &threads {
         let bandwidth = best(threads, 5, READ_BYTES, |_, _| read());
@@ -56,14 +56,21 @@ fn main() {
     }
     println!("format precision shape              tokens threads   GB/s   GOP/s");
     for dtype in DType::ALL.into_iter().filter(|dtype| formats.iter().any(|name| name == dtype.name())) {
-        for (name, rows, cols) in SHAPES.into_iter().filter(|(_, _, cols)| cols % dtype.block_len() == 0) {
+        for (name, rows, cols) in SHAPES {
+            if cols % dtype.block_len() != 0 || !shapes.iter().any(|shape| name.contains(shape)) {
+                continue;
+            }
             let Some(raw) = random_weights(dtype, rows * cols) else { continue };
             let copies = (WORKING_SET / raw.len()).clamp(1, 200);
+            let start = Instant::now();
             let weights: Vec<PackedMatrix> =
                 (0..copies).filter_map(|_| PackedMatrix::pack(dtype, cols, &[&raw]).ok()).collect();
+            let pack = 1e-9 * (raw.len() * copies) as f64 / start.elapsed().as_secs_f64();
+            println!("{dtype:6} pack {pack:.2}");
             for precision in [Precision::Int8, Precision::Int16, Precision::F32] {
                 let wanted = precisions.iter().any(|name| *name == format!("{precision:?}"));
                 let Some(kernel) = Kernel::select(isa, dtype, precision).ok().filter(|_| wanted) else { continue };
+                println!("{dtype:6} {precision:9?} {name:12} quantize {:.0}", quantize(isa, precision, cols));
                 for &tokens in &tokens {
                     for &threads in &threads {
                         let (bytes, seconds) = measure(isa, kernel, precision, &weights, tokens, threads);
@@ -104,6 +111,19 @@ fn measure(
     };
     let rate = best(threads, passes, weights.len(), pass);
     (weights[0].byte_len(), 1e-9 / rate)
+}
+
+/// Nanoseconds to prepare a token.
+fn quantize(isa: Isa, precision: Precision, cols: usize) -> f64 {
+    let x: Vec<f32> = (0..64 * cols).map(|i| (i as f32 * 0.37).sin()).collect();
+    let Ok(mut activations) = Activations::new(precision, 64, cols) else { return f64::NAN };
+    let mut shortest = f64::INFINITY;
+    for _ in 0..20 {
+        let start = Instant::now();
+        activations.quantize(isa, 0, black_box(&x));
+        shortest = shortest.min(start.elapsed().as_secs_f64());
+    }
+    1e9 * shortest / 64.0
 }
 
 /// Billions of `items` a second, each thread calling `pass` once, in the best of `passes`.

@@ -73,11 +73,11 @@ pub(super) const fn coding(dtype: DType) -> Option<Coding> {
     Some(Coding { bits, min, group, nested })
 }
 
-/// The content of one block. Formats with blocks of 32 use the first 32 codes and no integer scales.
+/// The content of one block. Formats with blocks of 32 use the first 8 quads and no integer scales.
 #[derive(Clone, Debug)]
 pub(super) struct Block {
-    /// Unsigned codes in element order; Q8_0's signed ones plus 128.
-    pub(super) codes: [u8; 256],
+    /// Unsigned codes in element order (Q8_0's signed ones plus 128), four to a word, the first lowest.
+    pub(super) quads: [u32; 64],
     /// f16 bits of the block's scale.
     pub(super) scale: u16,
     /// f16 bits of the block's min; for nested formats it is subtracted.
@@ -90,58 +90,59 @@ pub(super) struct Block {
 
 impl Default for Block {
     fn default() -> Block {
-        Block { codes: [0; 256], scale: 0, min: 0, scales: [0; 16], mins: [0; 16] }
+        Block { quads: [0; 64], scale: 0, min: 0, scales: [0; 16], mins: [0; 16] }
     }
 }
 
+/// Masks of the same bits in each byte of a quad.
+const ONES: u32 = 0x0101_0101;
+const PAIRS: u32 = 0x0303_0303;
+const NIBBLES: u32 = 0x0f0f_0f0f;
+
 impl Block {
     /// Takes `bytes`, one block of a quantized format, apart.
-    #[inline]
     pub(super) fn read(&mut self, dtype: DType, bytes: &[u8]) -> Result<()> {
-        let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         if bytes.len() != dtype.block_bytes() {
             return Err(Error::internal(format!("a block of {dtype} is not {} bytes long", bytes.len())));
         }
+        let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         match dtype {
-            DType::Q4_0 => {
+            DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 => {
                 self.scale = half(0);
-                self.nibbles(0, &bytes[2..18]);
-            }
-            DType::Q4_1 => {
-                (self.scale, self.min) = (half(0), half(2));
-                self.nibbles(0, &bytes[4..20]);
-            }
-            DType::Q5_0 => {
-                self.scale = half(0);
-                self.nibbles(0, &bytes[6..22]);
-                self.fifth_bits(&bytes[2..6]);
-            }
-            DType::Q5_1 => {
-                (self.scale, self.min) = (half(0), half(2));
-                self.nibbles(0, &bytes[8..24]);
-                self.fifth_bits(&bytes[4..8]);
+                let mut at = 2;
+                if matches!(dtype, DType::Q4_1 | DType::Q5_1) {
+                    self.min = half(at);
+                    at += 2;
+                }
+                let fifth = matches!(dtype, DType::Q5_0 | DType::Q5_1).then(|| word(at));
+                at += if fifth.is_some() { 4 } else { 0 };
+                for i in 0..4 {
+                    self.quads[i] = word(at + 4 * i) & NIBBLES;
+                    self.quads[4 + i] = word(at + 4 * i) >> 4 & NIBBLES;
+                }
+                for (j, quad) in self.quads[..8].iter_mut().enumerate() {
+                    // The product puts copies of four bits seven places apart, so that bit i also lands in byte i.
+                    *quad |= ((fifth.unwrap_or(0) >> (4 * j) & 15) * 0x0020_4081 & ONES) << 4;
+                }
             }
             DType::Q8_0 => {
                 self.scale = half(0);
-                for (code, byte) in self.codes.iter_mut().zip(&bytes[2..34]) {
-                    *code = byte ^ 0x80;
+                for (j, quad) in self.quads[..8].iter_mut().enumerate() {
+                    *quad = word(2 + 4 * j) ^ (0x80 * ONES);
                 }
             }
             DType::Q2K => {
                 (self.scale, self.min) = (half(80), half(82));
-                self.pairs(&bytes[16..80]);
+                self.read_pairs(|i| word(16 + 4 * i));
                 for (i, byte) in bytes[..16].iter().enumerate() {
                     (self.scales[i], self.mins[i]) = ((byte & 15) as i8, (byte >> 4) as i8);
                 }
             }
             DType::Q3K => {
                 self.scale = half(108);
-                self.pairs(&bytes[32..96]);
-                for (g, codes) in self.codes.chunks_exact_mut(32).enumerate() {
-                    for (code, high) in codes.iter_mut().zip(&bytes[..32]) {
-                        *code |= (high >> g & 1) << 2;
-                    }
-                }
+                self.read_pairs(|i| word(32 + 4 * i));
+                self.add_high_bits(2, |i| word(4 * i));
                 let packed = &bytes[96..108];
                 for (i, scale) in self.scales.iter_mut().enumerate() {
                     let low = packed[i % 8] >> (i / 8 * 4) & 15;
@@ -151,31 +152,28 @@ impl Block {
             }
             DType::Q4K | DType::Q5K => {
                 (self.scale, self.min) = (half(0), half(2));
-                self.six_bit_scales(&bytes[4..16]);
-                let low = if dtype == DType::Q4K { &bytes[16..144] } else { &bytes[48..176] };
-                for (codes, low) in self.codes.chunks_exact_mut(64).zip(low.chunks_exact(32)) {
-                    for (i, byte) in low.iter().enumerate() {
-                        codes[i] = byte & 15;
-                        codes[32 + i] = byte >> 4;
+                self.read_six_bit_scales(&bytes[4..16]);
+                let low = if dtype == DType::Q4K { 16 } else { 48 };
+                for (c, quads) in self.quads.chunks_exact_mut(16).enumerate() {
+                    for i in 0..8 {
+                        let word = word(low + 32 * c + 4 * i);
+                        (quads[i], quads[8 + i]) = (word & NIBBLES, word >> 4 & NIBBLES);
                     }
                 }
                 if dtype == DType::Q5K {
-                    for (g, codes) in self.codes.chunks_exact_mut(32).enumerate() {
-                        for (code, high) in codes.iter_mut().zip(&bytes[16..48]) {
-                            *code |= (high >> g & 1) << 4;
-                        }
-                    }
+                    self.add_high_bits(4, |i| word(16 + 4 * i));
                 }
             }
             DType::Q6K => {
                 self.scale = half(208);
-                let halves = bytes[..128].chunks_exact(64).zip(bytes[128..192].chunks_exact(32));
-                for (codes, (low, high)) in self.codes.chunks_exact_mut(128).zip(halves) {
-                    for i in 0..32 {
-                        codes[i] = low[i] & 15 | (high[i] & 3) << 4;
-                        codes[32 + i] = low[32 + i] & 15 | (high[i] >> 2 & 3) << 4;
-                        codes[64 + i] = low[i] >> 4 | (high[i] >> 4 & 3) << 4;
-                        codes[96 + i] = low[32 + i] >> 4 | (high[i] >> 6) << 4;
+                for (c, quads) in self.quads.chunks_exact_mut(32).enumerate() {
+                    for i in 0..8 {
+                        let [a, b] = [0, 32].map(|next| word(64 * c + next + 4 * i));
+                        let high = word(128 + 32 * c + 4 * i);
+                        quads[i] = a & NIBBLES | (high & PAIRS) << 4;
+                        quads[8 + i] = b & NIBBLES | (high >> 2 & PAIRS) << 4;
+                        quads[16 + i] = a >> 4 & NIBBLES | (high >> 4 & PAIRS) << 4;
+                        quads[24 + i] = b >> 4 & NIBBLES | (high >> 6 & PAIRS) << 4;
                     }
                 }
                 for (scale, byte) in self.scales.iter_mut().zip(&bytes[192..208]) {
@@ -191,47 +189,42 @@ impl Block {
         let Some(coding) = coding(dtype) else { return };
         let zero_point = if coding.min { 0 } else { 1 << (coding.bits - 1) };
         let (scale, min) = (f16::from_bits(self.scale).to_f32(), f16::from_bits(self.min).to_f32());
-        for (g, (out, codes)) in out.chunks_mut(coding.group).zip(self.codes.chunks(coding.group)).enumerate() {
+        let groups = self.quads.chunks(coding.group / 4);
+        for (g, (out, quads)) in out.chunks_mut(coding.group).zip(groups).enumerate() {
             let (scale, min) = match (coding.nested, coding.min) {
                 (false, false) => (scale, 0.0),
                 (false, true) => (scale, min),
                 (true, false) => (scale * f32::from(self.scales[g]), 0.0),
                 (true, true) => (scale * f32::from(self.scales[g]), -(min * f32::from(self.mins[g]))),
             };
-            for (x, &code) in out.iter_mut().zip(codes) {
-                *x = scale * (i32::from(code) - zero_point) as f32 + min;
+            for (x, quad) in out.as_chunks_mut::<4>().0.iter_mut().zip(quads) {
+                *x = quad.to_le_bytes().map(|code| scale * (i32::from(code) - zero_point) as f32 + min);
             }
         }
     }
 
-    /// 32 codes from 16 bytes: the low nibbles, then the high ones.
-    fn nibbles(&mut self, start: usize, bytes: &[u8]) {
-        for (i, byte) in bytes.iter().enumerate() {
-            self.codes[start + i] = byte & 15;
-            self.codes[start + 16 + i] = byte >> 4;
-        }
-    }
-
-    fn fifth_bits(&mut self, bytes: &[u8]) {
-        let bits = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        for (i, code) in self.codes[..32].iter_mut().enumerate() {
-            *code |= ((bits >> i & 1) as u8) << 4;
-        }
-    }
-
-    /// 256 two-bit codes: each 32 bytes hold 128, a byte those that are 32 apart.
-    fn pairs(&mut self, bytes: &[u8]) {
-        for (codes, bytes) in self.codes.chunks_exact_mut(128).zip(bytes.chunks_exact(32)) {
-            for (i, byte) in bytes.iter().enumerate() {
+    /// 256 two-bit codes: each eight words hold 128, a byte those that are 32 apart.
+    fn read_pairs(&mut self, word: impl Fn(usize) -> u32) {
+        for (c, quads) in self.quads.chunks_exact_mut(32).enumerate() {
+            for i in 0..8 {
                 for j in 0..4 {
-                    codes[32 * j + i] = byte >> (2 * j) & 3;
+                    quads[8 * j + i] = word(8 * c + i) >> (2 * j) & PAIRS;
                 }
             }
         }
     }
 
+    /// One more bit for 256 codes, from eight words; a byte holds those of codes that are 32 apart.
+    fn add_high_bits(&mut self, place: u32, word: impl Fn(usize) -> u32) {
+        for (g, quads) in self.quads.chunks_exact_mut(8).enumerate() {
+            for (i, quad) in quads.iter_mut().enumerate() {
+                *quad |= (word(i) >> g & ONES) << place;
+            }
+        }
+    }
+
     /// Eight scales and eight mins of six bits in twelve bytes.
-    fn six_bit_scales(&mut self, packed: &[u8]) {
+    fn read_six_bit_scales(&mut self, packed: &[u8]) {
         for i in 0..4 {
             self.scales[i] = (packed[i] & 63) as i8;
             self.mins[i] = (packed[4 + i] & 63) as i8;

@@ -46,6 +46,14 @@ impl<'a> Output<'a> {
         Output { start: values.as_mut_ptr(), len: values.len(), stride, memory: std::marker::PhantomData }
     }
 
+    /// As [`new`](Output::new), for memory that several threads write parts of.
+    ///
+    /// # Safety
+    /// `len` elements from `start` on can be written for as long as the output lives.
+    pub unsafe fn from_raw(start: *mut f32, len: usize, stride: usize) -> Output<'a> {
+        Output { start, len, stride, memory: std::marker::PhantomData }
+    }
+
     fn holds(&self, tokens: &Range<usize>, rows: usize) -> bool {
         let needed = match tokens.len() {
             0 => Some(0),

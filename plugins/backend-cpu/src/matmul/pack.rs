@@ -242,8 +242,7 @@ fn pack_codes(content: &Block, coding: Coding, lane: usize, chunk: &mut [u8]) {
         } else {
             put_halves(scales);
         }
-        let quads = &content.codes[UNIT * u..UNIT * (u + 1)];
-        let quads: [u32; 8] = std::array::from_fn(|j| u32::from_le_bytes(std::array::from_fn(|b| quads[4 * j + b])));
+        let quads = &content.quads[8 * u..8 * (u + 1)];
         let words = words_of(quads, coding.bits);
         for (line, word) in lines.as_chunks_mut::<LINE>().0.iter_mut().zip(words) {
             line[4 * lane..4 * lane + 4].copy_from_slice(&word.to_le_bytes());
@@ -252,7 +251,7 @@ fn pack_codes(content: &Block, coding: Coding, lane: usize, chunk: &mut [u8]) {
 }
 
 /// A row's words in the lines of a unit; `layout.rs` reads them back.
-fn words_of(quads: [u32; 8], bits: u32) -> [u32; 8] {
+fn words_of(quads: &[u32], bits: u32) -> [u32; 8] {
     let nibbles = |v: usize| quads[v] & 0x0f0f_0f0f | (quads[v + 4] & 0x0f0f_0f0f) << 4;
     let pairs =
         |v: usize, from: u32| (0..4).fold(0, |word, j| word | (quads[4 * v + j] >> from & 0x0303_0303) << (2 * j));
@@ -263,6 +262,6 @@ fn words_of(quads: [u32; 8], bits: u32) -> [u32; 8] {
         4 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), 0, 0, 0, 0],
         5 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), ones(4), 0, 0, 0],
         6 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), pairs(0, 4), pairs(1, 4), 0, 0],
-        _ => quads,
+        _ => std::array::from_fn(|j| quads[j]),
     }
 }
