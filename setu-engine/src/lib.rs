@@ -4,6 +4,10 @@
 //! a token: [`Engine::add_session`] → [`core`] (scheduler, batcher, page tables, submit, finish) → the
 //! session's [`TextSink`] → its [`Event`]s.
 
+pub mod checkpoint;
+pub mod load;
+pub mod model_text;
+pub mod text;
 pub mod clock;
 pub mod config;
 pub mod core;
@@ -19,6 +23,7 @@ pub mod trace;
 
 pub use engine::{Engine, Health, Session};
 pub use guard::{Fault, Guarded};
+pub use model_text::ModelText;
 pub use request::{
     Deadlines, Event, FinishReason, Finished, Piece, Request, TextSink, TokenEvent, TokenLogprob, Usage,
 };

@@ -1,1 +1,5 @@
-fn main() {}
+//! The `setu` program.
+
+fn main() -> std::process::ExitCode {
+    setu_host::cli::main()
+}

@@ -1,1 +1,6 @@
 //! Whole-workspace tests.
+
+pub mod extensions;
+pub mod models;
+pub mod program;
+pub mod tiny_llama;

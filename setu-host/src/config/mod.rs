@@ -32,7 +32,7 @@ pub use fresh::ensure_file_contents;
 pub use generate::{example, json_schema, reference};
 pub use layers::{Layers, Origin, Override};
 pub use layout::{ComponentInfo, Components, Layout, Section, TypeChoice};
-pub use resolve::{chosen_types, resolve, resolve_root};
+pub use resolve::{chosen_types, resolve, resolve_root, resolve_section};
 pub use settings::{Chosen, SectionSettings, Setting, Settings, Table, read};
 pub use source::{MAX_BYTES, Position, Source};
 pub use text::text_value;

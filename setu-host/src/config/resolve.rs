@@ -29,6 +29,21 @@ pub fn resolve_root(root: &ConfigSpec, layers: &Layers) -> Result<Table, Report>
     resolver.finish(table).map(|(table, _)| table)
 }
 
+/// Resolves one section without components, ignoring all else: what must be known, such as what to log,
+/// before the plugins are.
+///
+/// # Errors
+/// One of its settings is refused.
+pub fn resolve_section(section: &Section, layers: &Layers) -> Result<SectionSettings, Report> {
+    let mut layout = Layout::new(ConfigSpec::empty());
+    layout.sections = vec![section.clone()];
+    let (assignments, _) = layers.assignments(&layout);
+    let mut resolver = Resolver { layers, problems: Vec::new() };
+    let mine: Vec<&Assignment<'_>> = assignments.iter().filter(|a| a.section == section.name).collect();
+    let settings = resolver.section(&layout, section, &mine);
+    resolver.finish(settings).map(|(settings, _)| settings)
+}
+
 /// The component that each section will have, as far as the layers and the defaults say; nothing is checked.
 pub fn chosen_types(layout: &Layout, layers: &Layers) -> BTreeMap<String, String> {
     let (assignments, _) = layers.assignments(layout);

@@ -1,0 +1,198 @@
+//! The command line: which commands there are, and what each of them needs to start.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+
+use crate::commands::{chat, completions, config, model, plugins, run, score, tokenize};
+use crate::config::read;
+use crate::logging;
+use crate::settings::LogConfig;
+use crate::setup::Setup;
+
+/// Runs the program and says how it went: 0 well, 1 not, 2 the command line or the configuration is at fault.
+pub fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let mut setup = match Setup::new(args.iter().skip(1).cloned()) {
+        Ok(setup) => setup,
+        Err(message) => return fail(&message, 2),
+    };
+    let matches = command(&setup).try_get_matches_from(args);
+    let matches = match matches {
+        Ok(matches) => matches,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let Some((name, matches)) = matches.subcommand() else { return fail("no command was given", 2) };
+    match dispatch(name, matches, &mut setup) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Usage(message)) => fail(&message, 2),
+        Err(Failure::Failed(message)) => fail(&message, 1),
+    }
+}
+
+/// Why a command came to nothing.
+pub enum Failure {
+    /// The command line or the configuration is at fault.
+    Usage(String),
+    Failed(String),
+}
+
+impl From<setu_core::Error> for Failure {
+    fn from(error: setu_core::Error) -> Failure {
+        match error.kind() {
+            setu_core::ErrorKind::Config => Failure::Usage(error.to_string()),
+            _ => Failure::Failed(error.to_string()),
+        }
+    }
+}
+
+fn fail(message: &str, code: u8) -> ExitCode {
+    eprintln!("setu: {message}");
+    ExitCode::from(code)
+}
+
+fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
+    let with_settings = ["run", "score", "tokenize"].contains(&name);
+    if !with_settings {
+        return match name {
+            "plugins" => plugins::main(matches, setup),
+            "config" => config::main(matches, setup),
+            "model" => model::main(matches, setup),
+            _ => completions::main(matches, command(setup)),
+        };
+    }
+    let settings = setup.resolve(matches).map_err(Failure::Usage)?;
+    logging::adjust(&read::<LogConfig>(&settings.section("log").map_or_else(Vec::new, |log| log.own.clone()))?, matches.get_count("verbose"))
+        .map_err(Failure::Usage)?;
+    if !settings.warnings.is_empty() {
+        eprintln!("{}", settings.warnings);
+    }
+    match name {
+        "score" => score::main(matches, setup, settings),
+        "tokenize" => tokenize::main(matches, settings),
+        _ if matches.contains_id("prompt") && matches.get_one::<String>("prompt").is_some() => {
+            run::main(matches, setup, settings)
+        }
+        _ => chat::main(matches, setup, settings),
+    }
+}
+
+/// The whole command line, with a flag for every setting that `setup` knows.
+pub fn command(setup: &Setup) -> Command {
+    let json = || Arg::new("json").long("json").action(ArgAction::SetTrue).help("Print JSON for programs");
+    let verbose = || {
+        let help = "Log more: info, debug, trace for -v, -vv, -vvv";
+        Arg::new("verbose").short('v').long("verbose").action(ArgAction::Count).help(help)
+    };
+    let flag = |name: &'static str, help: &'static str| Arg::new(name).long(name).action(ArgAction::SetTrue).help(help);
+    let file = |name: &'static str, help: &'static str| {
+        Arg::new(name).long(name).value_name("FILE").value_parser(value_parser!(std::path::PathBuf)).help(help)
+    };
+    let number = |name: &'static str, help: &'static str| {
+        Arg::new(name).long(name).value_name("N").value_parser(value_parser!(u32)).help(help)
+    };
+    let model_name = |help: &'static str| Arg::new("name").value_name("MODEL").help(help);
+
+    let run = Command::new("run")
+        .about("Answer a prompt, or chat if none is given")
+        .arg(Arg::new("prompt").value_name("PROMPT").help("The prompt; `-` reads standard input. Without one: a chat"))
+        .arg(flag("raw", "Continue the prompt as it is, without the chat template"))
+        .arg(Arg::new("system").long("system").value_name("TEXT").help("The system message of the chat"))
+        .arg(number("n", "Answers to generate"))
+        .arg(number("logprobs", "Report log-probabilities, with the N likeliest tokens (needs --json)"))
+        .arg(number("prompt-logprobs", "The same for the tokens of the prompt (needs --json)"))
+        .arg(
+            Arg::new("logit-bias")
+                .long("logit-bias")
+                .value_name("TOKEN=BIAS")
+                .action(ArgAction::Append)
+                .help("Add BIAS to the logit of token id TOKEN; may be repeated"),
+        )
+        .arg(file("trace", "Record every step and decision into FILE, as lines of JSON"))
+        .arg(flag("timings", "Show where the time from start to the first token went"))
+        .arg(json())
+        .arg(verbose());
+    let score = Command::new("score")
+        .about("Log-probabilities and perplexity of a text")
+        .arg(Arg::new("file").value_name("FILE").required(true).help("The text; `-` reads standard input"))
+        .arg(number("window", "Tokens the model sees at once").default_value("512"))
+        .arg(number("scored-from", "First token of a window that is scored, from 0 [default: half the window + 1]"))
+        .arg(flag("keep-last", "Score a short last window too, instead of dropping it"))
+        .arg(flag("bos", "Begin every window with the beginning-of-sequence token"))
+        .arg(flag("tokens", "Print every scored token"))
+        .arg(json())
+        .arg(verbose());
+    let tokenize = Command::new("tokenize")
+        .about("Token ids of a text")
+        .arg(Arg::new("text").value_name("TEXT").required(true).help("The text; `-` reads standard input"))
+        .arg(flag("no-special", "Take special tokens in the text for plain text"))
+        .arg(flag("add-special", "Add the special tokens that begin and end a prompt"))
+        .arg(flag("ids", "Print ids only"))
+        .arg(json())
+        .arg(verbose());
+    let plugins = Command::new("plugins")
+        .about("What is linked in, loaded and refused")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(setup.add_flags(Command::new("list").about("List components and refused files").arg(json())))
+        .subcommand(
+            Command::new("inspect")
+                .about("Show what a plugin file says of itself, without running any of its code")
+                .arg(Arg::new("file").value_name("FILE").required(true).value_parser(value_parser!(std::path::PathBuf)))
+                .arg(json()),
+        );
+    let config = Command::new("config")
+        .about("Show, describe and check the configuration")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(setup.add_flags(
+            Command::new("show").about("Each setting's value and where it came from").arg(json()),
+        ))
+        .subcommand(setup.add_flags(Command::new("schema").about("A JSON Schema of setu.toml, for editors")))
+        .subcommand(setup.add_flags(Command::new("example").about("A setu.toml with every setting, commented")))
+        .subcommand(setup.add_flags(
+            Command::new("reference").about("Reference pages of all settings").arg(
+                Arg::new("out")
+                    .long("out")
+                    .value_name("DIR")
+                    .value_parser(value_parser!(std::path::PathBuf))
+                    .help("Write the pages into DIR instead of printing them"),
+            ),
+        ));
+    let model = Command::new("model")
+        .about("Fetch and look at models")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(Command::new("pull").about("Fetch a model").arg(model_name("Path, Hub id or short name")).arg(json()))
+        .subcommand(Command::new("list").about("List the catalogue and what was fetched").arg(json()))
+        .subcommand(
+            setup.add_flags(
+                Command::new("inspect")
+                    .about("Show a checkpoint's files, hyper-parameters and tensors")
+                    .arg(model_name("Path, Hub id or short name"))
+                    .arg(flag("tensors", "List every tensor"))
+                    .arg(flag("graph", "Print the graph that the model component builds"))
+                    .arg(json()),
+            ),
+        );
+    Command::new("setu")
+        .about("An LLM inference engine whose every part is a plugin")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommand(setup.add_flags(run))
+        .subcommand(setup.add_flags(score))
+        .subcommand(setup.add_flags(tokenize))
+        .subcommand(plugins)
+        .subcommand(config)
+        .subcommand(model)
+        .subcommand(
+            Command::new("completions").about("Shell completions").arg(
+                Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(clap_complete::Shell)),
+            ),
+        )
+}

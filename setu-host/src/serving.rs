@@ -1,0 +1,357 @@
+//! A model loaded into a running engine: the second half of start-up, and what commands do with it.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use setu_core::component::ComponentKind;
+use setu_core::model::CheckpointInfo;
+use setu_core::sampling::SamplingParams;
+use setu_core::{Error, Graph, Registries, Registry, Result};
+use setu_engine::checkpoint::Checkpoint;
+use setu_engine::config::{EngineConfig, KvConfig, ParallelConfig};
+use setu_engine::core::{Parts, Settings as CoreSettings};
+use setu_engine::text::{
+    ChatInput, ChatTemplate, ChatValue, DetokenizeOptions, Detokenizer, EncodeOptions, StopMatcher, TextStream, Tokenizer,
+};
+use setu_engine::{Engine, Guarded, Health, ModelText, Request, Session, TextSink, load};
+
+use crate::cli::Failure;
+use crate::config::Settings;
+use crate::linked;
+use crate::models::{Console, Store, StoreOptions};
+use crate::settings::ModelConfig;
+use crate::setup::Setup;
+
+/// A message of a chat.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    pub role: String,
+    pub content: String,
+}
+
+impl Message {
+    pub fn new(role: &str, content: &str) -> Message {
+        Message { role: role.to_owned(), content: content.to_owned() }
+    }
+}
+
+/// A checkpoint that was found and opened.
+pub struct OpenModel {
+    pub name: String,
+    pub checkpoint: Checkpoint,
+    pub info: CheckpointInfo,
+    config: ModelConfig,
+}
+
+impl OpenModel {
+    /// Finds the model that `settings` name, or `name`, fetching it if need be, and opens it.
+    ///
+    /// # Errors
+    /// It can't be found, fetched or read.
+    pub fn open(settings: &Settings, name: Option<&str>) -> Result<OpenModel> {
+        let config: ModelConfig = own(settings, "model")?;
+        let store = Store::open(StoreOptions::from_env()?)?;
+        let name = store.parse(name.unwrap_or(&config.name))?;
+        let model = store.resolve(&name, &mut Console::stderr())?;
+        let within = |error: Error| error.within(format!("the model {}", model.name));
+        let checkpoint = Checkpoint::open(&model.path).map_err(within)?;
+        let info = checkpoint.info();
+        Ok(OpenModel { name: model.name, checkpoint, info, config })
+    }
+
+    /// The graph that the model component builds, without loading any weight.
+    ///
+    /// # Errors
+    /// No component takes the checkpoint, or the one that does refuses it.
+    pub fn graph(&self, setup: &mut Setup, settings: &Settings) -> Result<Graph, Failure> {
+        let settings = self.choose_component(setup, settings.clone())?;
+        let model = build(&settings, &setup.registries.models)?;
+        Ok(load::graph(model.1.as_ref(), &self.info, self.config.max_model_len)?)
+    }
+
+    /// Has the component that takes the checkpoint chosen where nobody named one.
+    fn choose_component(&self, setup: &mut Setup, settings: Settings) -> Result<Settings, Failure> {
+        if settings.section("model").is_some_and(|section| section.chosen.is_some()) {
+            return Ok(settings);
+        }
+        let key = load::choose_model(&self.info, &setup.registries.models)?;
+        setup.choose_model(&key).map_err(Failure::Usage)
+    }
+
+    /// The model's text side, with the chat template that the settings name in place of its own.
+    ///
+    /// # Errors
+    /// The checkpoint has no tokenizer that can be used, or the template's file can't be read.
+    pub fn text(&self) -> Result<ModelText> {
+        let text = ModelText::from_checkpoint(&self.checkpoint);
+        let mut text = text.map_err(|error| error.within(format!("the model {}", self.name)))?;
+        if let Some(path) = &self.config.chat_template {
+            let unreadable =
+                |error| Error::config(format!("the chat template {} can't be read: {error}", path.display()));
+            let template = ChatTemplate::parse(&std::fs::read_to_string(path).map_err(unreadable)?);
+            let template = template.map_err(|error| error.within(path.display()))?;
+            // The special tokens are the model's, whoever wrote the template.
+            text.template = Ok(template.with_special_tokens(special_tokens(&text.tokenizer)));
+        }
+        Ok(text)
+    }
+}
+
+fn special_tokens(tokenizer: &Tokenizer) -> Vec<(String, String)> {
+    let tokens = [("bos_token", tokenizer.bos()), ("eos_token", tokenizer.eos())];
+    tokens.into_iter().filter_map(|(name, id)| Some((name.to_owned(), piece(tokenizer, id?)))).collect()
+}
+
+/// A running engine with its model's text side.
+pub struct Serving {
+    engine: Engine,
+    model: OpenModel,
+    tokenizer: Arc<Tokenizer>,
+    template: Result<ChatTemplate>,
+    weight_bytes: u64,
+    timings: Vec<(&'static str, f64)>,
+    load_s: f64,
+}
+
+impl Serving {
+    /// Loads the model that `settings` name and starts an engine of the components that they choose.
+    ///
+    /// # Errors
+    /// The configuration is refused by a component, or the model can't be loaded.
+    pub fn start(setup: &mut Setup, settings: Settings) -> Result<Serving, Failure> {
+        let started = Instant::now();
+        let model = OpenModel::open(&settings, None)?;
+        let opened_s = started.elapsed().as_secs_f64();
+        let settings = model.choose_component(setup, settings)?;
+        let engine_config: EngineConfig = own(&settings, "engine")?;
+        let kv_config: KvConfig = own(&settings, "kv")?;
+        own::<ParallelConfig>(&settings, "parallel")?;
+
+        let registries = &setup.registries;
+        let scheduler = build(&settings, &registries.schedulers)?;
+        let batcher = build(&settings, &registries.batchers)?;
+        let (_, component) = build(&settings, &registries.models)?;
+        let (_, mut backend) = build(&settings, &registries.backends)?;
+
+        // Taken from what is linked in, whatever a plugin of the same key says.
+        let fallbacks = Registries::linked_in();
+
+        // The tokenizer is as much work as a part of the weights, and nobody needs it before the first prompt.
+        let (loaded, text) = std::thread::scope(|scope| {
+            let text = scope.spawn(|| model.text());
+            let configs = (&engine_config, &kv_config);
+            let loaded = load::load(
+                &model.checkpoint,
+                &model.info,
+                component.as_ref(),
+                model.config.max_model_len,
+                backend.as_mut(),
+                configs,
+            );
+            (loaded, text.join().unwrap_or_else(|_| Err(Error::internal("the tokenizer panicked"))))
+        });
+        let (loaded, ModelText { tokenizer, template }) = (loaded?, text?);
+        if tokenizer.vocab_size() > loaded.graph.vocab_size as usize {
+            return Err(Failure::Failed(format!(
+                "the model {}: the tokenizer has {} tokens, the embedding only {} rows",
+                model.name,
+                tokenizer.vocab_size(),
+                loaded.graph.vocab_size
+            )));
+        }
+        let weight_bytes = loaded.info.weight_bytes;
+        let mut timings = vec![("open the checkpoint", opened_s)];
+        timings.extend(loaded.timings);
+        let parts = Parts {
+            graph: loaded.graph,
+            executable: loaded.executable,
+            scheduler: guarded(scheduler, linked::FALLBACK_SCHEDULER, &fallbacks.schedulers)?,
+            batcher: guarded(batcher, linked::FALLBACK_BATCHER, &fallbacks.batchers)?,
+            eos: tokenizer.eos_ids().to_vec(),
+            keep_alive: vec![Box::new(model.checkpoint.clone()), Box::new(backend)],
+        };
+        let core_settings =
+            CoreSettings { engine: engine_config, kv: kv_config, max_model_len: loaded.max_model_len };
+        let engine = Engine::start(parts, core_settings)?;
+        let load_s = started.elapsed().as_secs_f64();
+        Ok(Serving { engine, model, tokenizer, template, weight_bytes, timings, load_s })
+    }
+
+    /// What `setu run FLAGS` would start; for tests and benches.
+    ///
+    /// # Errors
+    /// As the command's.
+    pub fn from_flags(flags: &[&str]) -> Result<Serving, String> {
+        let args = ["setu", "run"].iter().chain(flags).map(std::ffi::OsString::from).collect::<Vec<_>>();
+        let mut setup = Setup::new(args.iter().skip(1).cloned())?;
+        let matches = crate::cli::command(&setup).try_get_matches_from(args).map_err(|error| error.to_string())?;
+        let Some((_, matches)) = matches.subcommand() else { return Err("no command".to_owned()) };
+        let settings = setup.resolve(matches)?;
+        Serving::start(&mut setup, settings).map_err(|failure| match failure {
+            Failure::Usage(message) | Failure::Failed(message) => message,
+        })
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    pub fn model_name(&self) -> &str {
+        &self.model.name
+    }
+
+    pub fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    /// Seconds from finding the model to a running engine.
+    pub fn load_s(&self) -> f64 {
+        self.load_s
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.engine.health(std::time::Duration::MAX) != Health::Stopped
+    }
+
+    /// Tokens of a text in which special tokens count as what they are.
+    ///
+    /// # Errors
+    /// The tokenizer fails.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text, EncodeOptions { add_special, parse_special: true })
+    }
+
+    /// Tokens of a conversation, rendered by the model's chat template and open for an answer.
+    ///
+    /// # Errors
+    /// There is no template, or it fails.
+    pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.tokenizer.encode(&self.render_chat(messages)?, EncodeOptions::RENDERED)
+    }
+
+    /// The text of a conversation, open for an answer.
+    ///
+    /// # Errors
+    /// There is no template, or it fails.
+    pub fn render_chat(&self, messages: &[Message]) -> Result<String> {
+        let template = self.template.as_ref().map_err(Clone::clone)?;
+        let messages = messages.iter().map(|message| ChatValue::message(&message.role, &message.content)).collect();
+        template.render(&ChatInput::new(messages))
+    }
+
+    /// Adds a request whose answers come with text.
+    ///
+    /// # Errors
+    /// The request is invalid.
+    pub fn add(&self, prompt: Vec<u32>, params: SamplingParams) -> Result<Vec<Session>> {
+        let stops = StopMatcher::new(&params.stop, false)?;
+        let text = (0..params.n).map(|_| {
+            let detokenizer = Detokenizer::new(self.tokenizer.clone(), DetokenizeOptions::default());
+            let text: Box<dyn TextSink> = Box::new(TextStream::new(detokenizer, stops.clone()));
+            text
+        });
+        let text = text.collect();
+        let mut request = Request::new(prompt, params);
+        request.text = text;
+        self.engine.add_session(request)
+    }
+
+    /// The text of one token, as well as it can be shown alone.
+    pub fn piece(&self, id: u32) -> String {
+        piece(&self.tokenizer, id)
+    }
+
+    /// The token that begins a text.
+    ///
+    /// # Errors
+    /// The model has none.
+    pub fn bos(&self) -> Result<u32> {
+        let none = || Error::config(format!("{} has no beginning-of-sequence token: leave --bos out", self.model.name));
+        self.tokenizer.bos().ok_or_else(none)
+    }
+
+    /// Records every step and decision into `path`, as lines of JSON.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn trace_to(&mut self, path: &Path) -> Result<()> {
+        let unwritable = |error| Error::config(format!("the trace {} can't be written: {error}", path.display()));
+        let mut file = std::io::LineWriter::new(std::fs::File::create(path).map_err(unwritable)?);
+        let path: PathBuf = path.to_owned();
+        self.engine.set_tracer(Some(Box::new(move |step| {
+            let line = serde_json::to_string(step).unwrap_or_default();
+            if let Err(error) = writeln!(file, "{line}") {
+                tracing::warn!(%error, path = %path.display(), "the trace can't be written");
+            }
+        })))
+    }
+
+    /// Where the time from process start to the first token went, a line each.
+    pub fn timings(&self, first_token_s: Option<f64>) -> String {
+        let mut text = String::new();
+        let mut line = |name: &str, seconds: f64| text.push_str(&format!("{:>8.1} ms  {name}\n", seconds * 1e3));
+        self.timings.iter().for_each(|(name, seconds)| line(name, *seconds));
+        line("load in all", self.load_s);
+        if let Some(first_token_s) = first_token_s {
+            line("prompt to first token", first_token_s);
+        }
+        if let Some(seconds) = process_age_s() {
+            line("process start until now", seconds);
+        }
+        text
+    }
+}
+
+/// The text of one token, as well as it can be shown alone.
+pub fn piece(tokenizer: &Tokenizer, id: u32) -> String {
+    tokenizer.token_bytes(id).map_or_else(|_| String::new(), |bytes| String::from_utf8_lossy(bytes).into_owned())
+}
+
+/// A section's own settings.
+fn own<T: setu_core::config::Config>(settings: &Settings, section: &str) -> Result<T> {
+    let found = settings.section(section).ok_or_else(|| Error::internal(format!("there is no section [{section}]")))?;
+    found.read_own()
+}
+
+/// The component that a section chose, built from its settings.
+fn build<C: ComponentKind + ?Sized>(settings: &Settings, registry: &Registry<C>) -> Result<(String, Box<C>), Failure> {
+    let section = C::KIND.name();
+    let chosen = settings.section(section).and_then(|section| Some((section, section.chosen.as_ref()?)));
+    let Some((table, chosen)) = chosen else {
+        return Err(Failure::Failed(format!("no component was chosen for [{section}]")));
+    };
+    let entry = registry.get(&chosen.key)?;
+    let built = load::caught(|| (entry.build)(&table.options_json()));
+    let component = built.map_err(|error| {
+        let error = match &entry.source {
+            setu_core::registry::Source::File { path, .. } => error.within(path.display()),
+            _ => error,
+        };
+        Failure::Usage(settings.refusal(section, &error).to_string())
+    })?;
+    Ok((chosen.key.clone(), component))
+}
+
+/// Puts the fallback that is linked in beside a chosen component.
+fn guarded<C: ComponentKind + ?Sized>(
+    (name, component): (String, Box<C>),
+    fallback: &str,
+    registry: &Registry<C>,
+) -> Result<Guarded<C>> {
+    let fallback_component = (registry.get(fallback)?.build)("{}")?;
+    Ok(Guarded::new(&name, component, fallback, fallback_component))
+}
+
+/// Seconds since the process began, from the kernel's books.
+fn process_age_s() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let started: f64 = stat.rsplit(')').next()?.split_whitespace().nth(19)?.parse().ok()?;
+    let uptime: f64 = std::fs::read_to_string("/proc/uptime").ok()?.split_whitespace().next()?.parse().ok()?;
+    Some(uptime - started / 100.0)
+}
