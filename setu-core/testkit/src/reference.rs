@@ -263,7 +263,12 @@ fn unknown(op: &Op) -> Error {
 }
 
 fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    // Eight sums, because with one each addition waits for the one before.
+    let mut sums = [0.0; 8];
+    for (a, b) in a.chunks(8).zip(b.chunks(8)) {
+        a.iter().zip(b).zip(&mut sums).for_each(|((a, b), sum)| *sum += a * b);
+    }
+    sums.iter().sum()
 }
 
 /// Appends the product of a matrix of rows as long as `x` with `x`.
