@@ -43,7 +43,12 @@ unsafe impl Sync for Output<'_> {}
 impl<'a> Output<'a> {
     /// Token `t` of a call goes to `values[t * stride..]`.
     pub fn new(values: &'a mut [f32], stride: usize) -> Output<'a> {
-        Output { start: values.as_mut_ptr(), len: values.len(), stride, memory: std::marker::PhantomData }
+        Output {
+            start: values.as_mut_ptr(),
+            len: values.len(),
+            stride,
+            memory: std::marker::PhantomData,
+        }
     }
 
     /// As [`new`](Output::new), for memory that several threads write parts of.
@@ -51,13 +56,20 @@ impl<'a> Output<'a> {
     /// # Safety
     /// `len` elements from `start` on can be written for as long as the output lives.
     pub unsafe fn from_raw(start: *mut f32, len: usize, stride: usize) -> Output<'a> {
-        Output { start, len, stride, memory: std::marker::PhantomData }
+        Output {
+            start,
+            len,
+            stride,
+            memory: std::marker::PhantomData,
+        }
     }
 
     fn holds(&self, tokens: &Range<usize>, rows: usize) -> bool {
         let needed = match tokens.len() {
             0 => Some(0),
-            _ => (tokens.end - 1).checked_mul(self.stride).and_then(|start| start.checked_add(rows)),
+            _ => (tokens.end - 1)
+                .checked_mul(self.stride)
+                .and_then(|start| start.checked_add(rows)),
         };
         rows <= self.stride && needed.is_some_and(|needed| needed <= self.len)
     }
@@ -80,7 +92,11 @@ impl Kernel {
                 "the CPU backend cannot multiply weights in {dtype} with {precision:?} activations"
             ))
         })?;
-        Ok(Kernel { dtype, precision, run })
+        Ok(Kernel {
+            dtype,
+            precision,
+            run,
+        })
     }
 
     /// Multiplies row blocks `blocks` of `weights` with `tokens` of `activations`; token `t`'s result for row `r`
@@ -100,12 +116,29 @@ impl Kernel {
         blocks: Range<usize>,
         output: Output<'_>,
     ) {
-        assert!(weights.dtype() == self.dtype && activations.precision() == self.precision, "operands of this kernel");
-        assert_eq!(weights.cols(), activations.cols(), "columns of weights and activations");
+        assert!(
+            weights.dtype() == self.dtype && activations.precision() == self.precision,
+            "operands of this kernel"
+        );
+        assert_eq!(
+            weights.cols(),
+            activations.cols(),
+            "columns of weights and activations"
+        );
         assert!(activations.holds(&tokens), "tokens of the activations");
-        assert!(blocks.start <= blocks.end && blocks.end <= weights.row_blocks(), "row blocks of the weights");
+        assert!(
+            blocks.start <= blocks.end && blocks.end <= weights.row_blocks(),
+            "row blocks of the weights"
+        );
         assert!(output.holds(&tokens, weights.rows()), "room for the result");
-        let call = Call { weights, activations, tokens, blocks, output: output.start, stride: output.stride };
+        let call = Call {
+            weights,
+            activations,
+            tokens,
+            blocks,
+            output: output.start,
+            stride: output.stride,
+        };
         // SAFETY: `select` gave `run` for this format, precision and a present instruction set; the ranges were
         // just checked, and the caller keeps others out.
         unsafe { (self.run)(&call) }
@@ -121,7 +154,13 @@ impl Kernel {
     ) {
         // SAFETY: both are borrowed for the call, the output exclusively.
         unsafe {
-            self.run(weights, activations, tokens, 0..weights.row_blocks(), Output::new(output, weights.rows()));
+            self.run(
+                weights,
+                activations,
+                tokens,
+                0..weights.row_blocks(),
+                Output::new(output, weights.rows()),
+            );
         }
     }
 }
@@ -162,6 +201,8 @@ trait Mode<F: Format> {
     /// Sums over a part.
     type Dots<S: Simd, const N: usize>;
 
+    /// Most tokens at a time.
+    fn tokens<S: Simd>() -> usize;
     unsafe fn zero<S: Simd, const N: usize>() -> Self::Dots<S, N>;
     /// Adds the products of quad `J`. `values` are the unit's of the first token.
     unsafe fn quad<S: Simd, const J: usize, const N: usize>(
@@ -171,16 +212,28 @@ trait Mode<F: Format> {
         dots: &mut Self::Dots<S, N>,
     );
     /// The sums as f32, codes counted from zero. `part_sums` are the negated sums over the part's activations.
-    unsafe fn finish<S: Simd, const N: usize>(dots: Self::Dots<S, N>, part_sums: *const u8) -> [S::Float; N];
+    unsafe fn finish<S: Simd, const N: usize>(
+        dots: Self::Dots<S, N>,
+        part_sums: *const u8,
+    ) -> [S::Float; N];
 }
 
 /// Integer activations of one or two digits.
 struct Integers<const DIGITS: usize>;
 
 impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
-    const PRECISION: Precision = if DIGITS == 1 { Precision::Int8 } else { Precision::Int16 };
+    const PRECISION: Precision = if DIGITS == 1 {
+        Precision::Int8
+    } else {
+        Precision::Int16
+    };
     const VALUE: usize = 1;
     type Dots<S: Simd, const N: usize> = [[S::Int; N]; DIGITS];
+
+    #[inline(always)]
+    fn tokens<S: Simd>() -> usize {
+        S::TOKENS[DIGITS - 1]
+    }
 
     #[inline(always)]
     unsafe fn zero<S: Simd, const N: usize>() -> [[S::Int; N]; DIGITS] {
@@ -201,7 +254,9 @@ impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
             let codes = F::codes::<S, J>(unit, lane);
             for (digit, dots) in dots.iter_mut().enumerate() {
                 for (token, dot) in dots.iter_mut().enumerate() {
-                    let quad = values.add(digit * record.digit + token * UNIT + 4 * J).cast::<i32>();
+                    let quad = values
+                        .add(digit * record.digit + token * UNIT + 4 * J)
+                        .cast::<i32>();
                     *dot = S::dot(*dot, codes, quad.read_unaligned(), F::WIDE);
                 }
             }
@@ -209,13 +264,19 @@ impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
     }
 
     #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(dots: [[S::Int; N]; DIGITS], part_sums: *const u8) -> [S::Float; N] {
+    unsafe fn finish<S: Simd, const N: usize>(
+        dots: [[S::Int; N]; DIGITS],
+        part_sums: *const u8,
+    ) -> [S::Float; N] {
         // SAFETY: as the caller vouches.
         unsafe {
             std::array::from_fn(|token| {
                 let dot = match DIGITS {
                     1 => dots[0][token],
-                    _ => S::add(S::shl::<{ DIGIT.trailing_zeros() }>(dots[0][token]), dots[1][token]),
+                    _ => S::add(
+                        S::shl::<{ DIGIT.trailing_zeros() }>(dots[0][token]),
+                        dots[1][token],
+                    ),
                 };
                 if F::MIN {
                     return S::to_float(dot);
@@ -243,6 +304,16 @@ impl<F: Format> Mode<F> for Floats {
     type Dots<S: Simd, const N: usize> = [S::Float; N];
 
     #[inline(always)]
+    fn tokens<S: Simd>() -> usize {
+        // Codes with f32 are there for exactness: fewer instances compile faster.
+        if F::SCALED {
+            S::TOKENS[0].min(4)
+        } else {
+            S::TOKENS[0]
+        }
+    }
+
+    #[inline(always)]
     unsafe fn zero<S: Simd, const N: usize>() -> [S::Float; N] {
         // SAFETY: as the caller vouches.
         [unsafe { S::splat_float(0.0) }; N]
@@ -260,7 +331,10 @@ impl<F: Format> Mode<F> for Floats {
             let weights = F::values::<S, J>(unit, lane);
             for (column, weight) in weights.into_iter().enumerate() {
                 for (token, dot) in dots.iter_mut().enumerate() {
-                    let value = values.cast::<f32>().add(token * UNIT + 4 * J + column).read_unaligned();
+                    let value = values
+                        .cast::<f32>()
+                        .add(token * UNIT + 4 * J + column)
+                        .read_unaligned();
                     *dot = S::mul_add(weight, S::splat_float(value), *dot);
                 }
             }
@@ -268,7 +342,10 @@ impl<F: Format> Mode<F> for Floats {
     }
 
     #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(dots: [S::Float; N], _part_sums: *const u8) -> [S::Float; N] {
+    unsafe fn finish<S: Simd, const N: usize>(
+        dots: [S::Float; N],
+        _part_sums: *const u8,
+    ) -> [S::Float; N] {
         dots
     }
 }
@@ -303,11 +380,17 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
         let dots = M::finish::<S, N>(dots, part_sums);
         let (scale, min) = F::scales::<S, PART>(header, unit, lane);
         for token in 0..N {
-            let float = |at: usize| S::splat_float(record.add(at).cast::<f32>().add(token).read_unaligned());
+            let float = |at: usize| {
+                S::splat_float(record.add(at).cast::<f32>().add(token).read_unaligned())
+            };
             sums[token] = if !F::SCALED {
                 S::add_float(sums[token], dots[token])
             } else if integers {
-                S::mul_add(dots[token], S::mul(scale, float(places.scales)), sums[token])
+                S::mul_add(
+                    dots[token],
+                    S::mul(scale, float(places.scales)),
+                    sums[token],
+                )
             } else {
                 S::mul_add(dots[token], scale, sums[token])
             };
@@ -315,7 +398,9 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
                 let sum = if F::PARTS == 1 {
                     float(places.scaled_sums)
                 } else if integers {
-                    let negated = S::to_float(S::splat(part_sums.cast::<i32>().add(token).read_unaligned()));
+                    let negated = S::to_float(S::splat(
+                        part_sums.cast::<i32>().add(token).read_unaligned(),
+                    ));
                     S::mul(S::mul(negated, S::splat_float(-1.0)), float(places.scales))
                 } else {
                     S::splat_float(part_sums.cast::<f32>().add(token).read_unaligned())
@@ -332,7 +417,13 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
 /// As for [`Mode`], for all units of `tile`.
 #[inline(always)]
 unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) -> [S::Float; N] {
-    let Tile { weights, lane, records, first, units } = tile;
+    let Tile {
+        weights,
+        lane,
+        records,
+        first,
+        units,
+    } = tile;
     let record_bytes = const { M::PRECISION.record().bytes };
     let (chunk_bytes, _) = const { layout::chunk::<F>() };
     // SAFETY: chunks and records follow one another; there are `units` of both, a whole number of chunks.
@@ -363,13 +454,21 @@ unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) ->
 /// As for [`Kernel::run`], whose checks must have passed; the machine must have `S`, and the operands be of `F` and `M`.
 #[inline(always)]
 unsafe fn run<S: Simd, F: Format, M: Mode<F>>(call: &Call) {
-    let Call { weights, activations, tokens, blocks, .. } = call;
+    let Call {
+        weights,
+        activations,
+        tokens,
+        blocks,
+        ..
+    } = call;
     let units = weights.cols().div_ceil(UNIT);
     let tile_bytes = units * M::PRECISION.record().bytes;
     let tokens_cached = (CACHED_BYTES / tile_bytes.max(1)).max(1) * TILE;
     let mut start = tokens.start;
     while start < tokens.end {
-        let end = tokens.end.min((start / TILE * TILE).saturating_add(tokens_cached));
+        let end = tokens
+            .end
+            .min((start / TILE * TILE).saturating_add(tokens_cached));
         for block in blocks.clone() {
             let rows = (weights.rows() - block * ROWS).min(ROWS);
             for lane in (0..rows).step_by(S::LANES) {
@@ -389,11 +488,11 @@ unsafe fn run<S: Simd, F: Format, M: Mode<F>>(call: &Call) {
                         let to = call.output.add(token * call.stride + block * ROWS + lane);
                         let rows = (rows - lane).min(S::LANES);
                         let left = (end - token).min(TILE - first);
-                        token += if S::TOKENS >= 8 && left >= 8 {
+                        token += if M::tokens::<S>() >= 8 && left >= 8 {
                             step::<S, F, M, 8>(tile, to, call.stride, rows)
-                        } else if S::TOKENS >= 4 && left >= 4 {
+                        } else if M::tokens::<S>() >= 4 && left >= 4 {
                             step::<S, F, M, 4>(tile, to, call.stride, rows)
-                        } else if S::TOKENS >= 2 && left >= 2 {
+                        } else if M::tokens::<S>() >= 2 && left >= 2 {
                             step::<S, F, M, 2>(tile, to, call.stride, rows)
                         } else {
                             step::<S, F, M, 1>(tile, to, call.stride, rows)
@@ -435,22 +534,22 @@ unsafe fn step<S: Simd, F: Format, M: Mode<F>, const N: usize>(
 
 type Run = unsafe fn(&Call);
 
-/// A function that finds the instance of `$entry` for a format and precision.
+/// A function that finds the instance for a format and precision: of `$entry`, or for f32 of `$float`.
 macro_rules! table {
-    ($vis:vis $name:ident, $entry:ident) => {
+    ($vis:vis $name:ident, $entry:ident, $float:ident) => {
         $vis fn $name(dtype: DType, precision: Precision) -> Option<Run> {
             fn coded<F: Codes>(precision: Precision) -> Run {
                 match precision {
                     Precision::Int8 => $entry::<F, Integers<1>>,
                     Precision::Int16 => $entry::<F, Integers<2>>,
-                    Precision::F32 => $entry::<F, Floats>,
+                    Precision::F32 => $float::<F, Floats>,
                 }
             }
             let float = precision == Precision::F32;
             Some(match dtype {
-                DType::F32 if float => $entry::<layout::F32, Floats>,
-                DType::F16 if float => $entry::<layout::F16, Floats>,
-                DType::BF16 if float => $entry::<layout::Bf16, Floats>,
+                DType::F32 if float => $float::<layout::F32, Floats>,
+                DType::F16 if float => $float::<layout::F16, Floats>,
+                DType::BF16 if float => $float::<layout::Bf16, Floats>,
                 DType::Q4_0 => coded::<layout::Q4_0>(precision),
                 DType::Q4_1 => coded::<layout::Q4_1>(precision),
                 DType::Q5_0 => coded::<layout::Q5_0>(precision),
@@ -474,7 +573,7 @@ unsafe fn run_portable<F: Format, M: Mode<F>>(call: &Call) {
     unsafe { run::<Portable, F, M>(call) }
 }
 
-table!(portable, run_portable);
+table!(portable, run_portable, run_portable);
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -496,9 +595,13 @@ mod x86 {
 
     entry!(run_avx2, Avx2, "avx2,fma,f16c");
     entry!(run_avx2_vnni, Avx2Vnni, "avx2,fma,f16c,avxvnni");
-    entry!(run_avx512, Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
+    entry!(
+        run_avx512,
+        Avx512,
+        "avx512f,avx512bw,avx512vnni,avx2,fma,f16c"
+    );
 
-    table!(pub(super) avx2, run_avx2);
-    table!(pub(super) avx2_vnni, run_avx2_vnni);
-    table!(pub(super) avx512, run_avx512);
+    table!(pub(super) avx2, run_avx2, run_avx2);
+    table!(pub(super) avx2_vnni, run_avx2_vnni, run_avx2);
+    table!(pub(super) avx512, run_avx512, run_avx512);
 }

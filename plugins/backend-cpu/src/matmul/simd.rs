@@ -16,8 +16,8 @@ pub(super) mod portable;
 /// valid for the bytes that the function names, at any alignment.
 pub(super) trait Simd: Copy {
     const LANES: usize;
-    /// Most tokens whose sums fit in registers; 1, 2, 4 or 8.
-    const TOKENS: usize;
+    /// Most tokens whose sums fit in registers, with one and with two digits; 1, 2, 4 or 8.
+    const TOKENS: [usize; 2];
     /// `LANES` integers of 32 bits.
     type Int: Copy;
     /// `LANES` f32.

@@ -23,7 +23,7 @@ macro_rules! op {
 macro_rules! common {
     ($features:literal) => {
         const LANES: usize = 8;
-        const TOKENS: usize = 4;
+        const TOKENS: [usize; 2] = [4, 2];
         type Int = __m256i;
         type Float = __m256;
 

@@ -19,7 +19,7 @@ macro_rules! op {
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
-    const TOKENS: usize = 8;
+    const TOKENS: [usize; 2] = [8, 8];
     type Int = __m512i;
     type Float = __m512;
 

@@ -4,34 +4,48 @@ use half::f16;
 
 use super::Simd;
 
-const LANES: usize = 16;
+/// As many as the narrowest vector units have, which compilers turn arrays into.
+const LANES: usize = 4;
 
 #[derive(Clone, Copy)]
 pub(in crate::matmul) struct Portable;
 
+/// Loops, because the functions of arrays themselves aren't inlined at this length.
 #[inline(always)]
-fn zip<T: Copy>(a: [T; LANES], b: [T; LANES], f: impl Fn(T, T) -> T) -> [T; LANES] {
-    std::array::from_fn(|i| f(a[i], b[i]))
+fn zip<T: Copy>(mut a: [T; LANES], b: [T; LANES], f: impl Fn(T, T) -> T) -> [T; LANES] {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a = f(*a, b);
+    }
+    a
+}
+
+#[inline(always)]
+fn map<T: Copy, U: Copy + Default>(from: [T; LANES], f: impl Fn(T) -> U) -> [U; LANES] {
+    let mut to = [U::default(); LANES];
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = f(from);
+    }
+    to
 }
 
 impl Simd for Portable {
     const LANES: usize = LANES;
-    const TOKENS: usize = 1;
+    const TOKENS: [usize; 2] = [1, 1];
     type Int = [i32; LANES];
     type Float = [f32; LANES];
 
     #[inline(always)]
     unsafe fn load(from: *const u8) -> Self::Int {
-        // SAFETY: the caller vouches for 64 readable bytes.
+        // SAFETY: the caller vouches for 16 readable bytes.
         let words = unsafe { from.cast::<[[u8; 4]; LANES]>().read() };
-        words.map(i32::from_le_bytes)
+        map(words, i32::from_le_bytes)
     }
 
     #[inline(always)]
     unsafe fn load_i8(from: *const u8) -> Self::Int {
-        // SAFETY: the caller vouches for 16 readable bytes.
+        // SAFETY: the caller vouches for 4 readable bytes.
         let bytes = unsafe { from.cast::<[i8; LANES]>().read() };
-        bytes.map(i32::from)
+        map(bytes, i32::from)
     }
 
     #[inline(always)]
@@ -61,39 +75,41 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn shl<const BITS: u32>(a: Self::Int) -> Self::Int {
-        a.map(|a| a << BITS)
+        map(a, |a| a << BITS)
     }
 
     #[inline(always)]
     unsafe fn shr<const BITS: u32>(a: Self::Int) -> Self::Int {
-        a.map(|a| (a as u32 >> BITS) as i32)
+        map(a, |a| (a as u32 >> BITS) as i32)
     }
 
     #[inline(always)]
     unsafe fn dot(sums: Self::Int, codes: Self::Int, quad: i32, _wide: bool) -> Self::Int {
         let quad = quad.to_le_bytes().map(|byte| i32::from(byte as i8));
         zip(sums, codes, |sum, codes| {
-            let codes = codes.to_le_bytes().map(i32::from);
-            // No sum of a unit comes near 2^31.
-            sum.wrapping_add(codes[0] * quad[0] + codes[1] * quad[1] + codes[2] * quad[2] + codes[3] * quad[3])
+            let code = |byte: u32| codes >> (8 * byte) & 0xff;
+            // No sum over a unit comes near 2^31.
+            sum.wrapping_add(
+                code(0) * quad[0] + code(1) * quad[1] + code(2) * quad[2] + code(3) * quad[3],
+            )
         })
     }
 
     #[inline(always)]
     unsafe fn to_float(a: Self::Int) -> Self::Float {
-        a.map(|a| a as f32)
+        map(a, |a| a as f32)
     }
 
     #[inline(always)]
     unsafe fn as_float(a: Self::Int) -> Self::Float {
-        a.map(|a| f32::from_bits(a as u32))
+        map(a, |a| f32::from_bits(a as u32))
     }
 
     #[inline(always)]
     unsafe fn load_f16(from: *const u8) -> Self::Float {
-        // SAFETY: the caller vouches for 32 readable bytes.
+        // SAFETY: the caller vouches for 8 readable bytes.
         let words = unsafe { from.cast::<[[u8; 2]; LANES]>().read() };
-        words.map(|word| f16::from_le_bytes(word).to_f32())
+        map(words, |word| f16::from_le_bytes(word).to_f32())
     }
 
     #[inline(always)]
@@ -114,12 +130,12 @@ impl Simd for Portable {
     /// Rounds twice: `f32::mul_add` is a library call where the instruction is missing.
     #[inline(always)]
     unsafe fn mul_add(a: Self::Float, b: Self::Float, c: Self::Float) -> Self::Float {
-        std::array::from_fn(|i| a[i] * b[i] + c[i])
+        zip(zip(a, b, |a, b| a * b), c, |a, b| a + b)
     }
 
     #[inline(always)]
     unsafe fn store(value: Self::Float, to: *mut f32) {
-        // SAFETY: the caller vouches for 16 writable f32.
+        // SAFETY: the caller vouches for 4 writable f32.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(value) }
     }
 }

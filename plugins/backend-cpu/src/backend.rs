@@ -1,0 +1,93 @@
+//! The component: finds the device and compiles graphs for it.
+
+use setu_core::backend::{Backend, CompileOptions, DeviceInfo, Executable, WeightData};
+use setu_core::component::Component;
+use setu_core::{Error, Graph, Result};
+
+use crate::config::{Activations, CpuConfig, IsaChoice};
+use crate::executable::CpuExecutable;
+use crate::kv::Pages;
+use crate::machine;
+use crate::matmul::{Isa, Precision};
+use crate::plan::{self, Options};
+use crate::pool::Pool;
+use crate::run::Compiled;
+use crate::step::Limits;
+use crate::weights::Weights;
+
+/// Runs graphs on the machine's own cores.
+#[derive(Debug)]
+pub struct CpuBackend {
+    isa: Isa,
+    threads: usize,
+    precision: Precision,
+}
+
+impl Component for CpuBackend {
+    type Config = CpuConfig;
+    const KEY: &'static str = "cpu";
+    const DESCRIPTION: &'static str = "Runs graphs on the CPU, with the same results however sessions are batched.";
+
+    fn build(config: CpuConfig) -> Result<Self> {
+        let isa = match config.isa {
+            IsaChoice::Auto => Isa::best(),
+            IsaChoice::Avx512 => Isa::named("avx512")?,
+            IsaChoice::Avx2 => Isa::named("avx2-vnni").or_else(|_| Isa::named("avx2"))?,
+            IsaChoice::Portable => Isa::PORTABLE,
+        };
+        let threads = match config.threads {
+            0 => machine::threads(),
+            threads => threads as usize,
+        };
+        let precision = match config.activations {
+            Activations::Auto | Activations::Int8 => Precision::Int8,
+            Activations::Int16 => Precision::Int16,
+            Activations::F32 => Precision::F32,
+        };
+        Ok(CpuBackend { isa, threads, precision })
+    }
+}
+
+impl Backend for CpuBackend {
+    fn devices(&self) -> Vec<DeviceInfo> {
+        let threads = if self.threads == 1 { "1 thread".to_owned() } else { format!("{} threads", self.threads) };
+        vec![DeviceInfo {
+            name: machine::processor(),
+            features: format!("{}, {threads}", self.isa),
+            memory_bytes: machine::memory_bytes(),
+            free_bytes: machine::available_bytes(),
+        }]
+    }
+
+    fn compile(
+        &mut self,
+        graph: &Graph,
+        weights: &[WeightData<'_>],
+        options: &CompileOptions,
+    ) -> Result<Box<dyn Executable>> {
+        graph.verify()?;
+        if options.max_model_len > graph.max_model_len {
+            let (asked, most) = (options.max_model_len, graph.max_model_len);
+            return Err(Error::config(format!("sessions of {asked} tokens are longer than the graph's {most}")));
+        }
+        let mut pool = Pool::new(self.threads)?;
+        let mut weights = Weights::new(graph, weights)?;
+        let plan = plan::lower(graph, &mut weights, Options { isa: self.isa, precision: self.precision })?;
+        let pages = Pages::new(graph, options)?;
+        let matrices = weights.pack(&mut pool)?;
+        weights.drop_packed_pages();
+        let limits = Limits {
+            tokens: options.max_tokens as usize,
+            rows: options.max_rows as usize,
+            slots: options.max_slots as usize,
+            model_len: options.max_model_len as usize,
+            vocab: graph.vocab_size as usize,
+            page_tokens: options.page_tokens as usize,
+            groups: pages.groups.iter().map(|group| (group.pages, group.window)).collect(),
+            frequencies: graph.rope_tables.iter().map(|table| table.inv_freq.len()).collect(),
+        };
+        let (tables, ropes) = (weights.tables(), graph.rope_tables.clone());
+        let compiled = Compiled::new(self.isa, plan, matrices, tables, ropes, pages, &limits, self.threads)?;
+        Ok(Box::new(CpuExecutable::new(compiled, limits, pool)))
+    }
+}

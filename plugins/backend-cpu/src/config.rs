@@ -1,0 +1,44 @@
+//! What can be set.
+
+use setu_core::config::{Config, ConfigEnum};
+
+/// Runs graphs on the CPU.
+#[derive(Config, Clone, Debug, PartialEq)]
+pub struct CpuConfig {
+    /// Threads that compute a step; 0 takes all the cores that the process may use.
+    #[config(default = 0, max = 1024, unit = "threads")]
+    pub threads: u32,
+    /// Instruction set of the kernels; `auto` takes the fastest that the machine has.
+    #[config(default = IsaChoice::Auto)]
+    pub isa: IsaChoice,
+    /// Precision of the activations that quantized weights are multiplied with; weights stored as floats always
+    /// see f32.
+    #[config(default = Activations::Auto)]
+    pub activations: Activations,
+}
+
+/// Instruction sets to choose from.
+#[derive(ConfigEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IsaChoice {
+    /// The fastest that the machine has.
+    Auto,
+    /// AVX-512 with VNNI.
+    Avx512,
+    /// AVX2 with FMA.
+    Avx2,
+    /// Plain code, on every machine.
+    Portable,
+}
+
+/// Precisions to choose from.
+#[derive(ConfigEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activations {
+    /// What keeps a quantized model's answers at a good speed.
+    Auto,
+    /// Eight bits, a scale for every 32 columns.
+    Int8,
+    /// Sixteen bits, a scale for every 32 columns.
+    Int16,
+    /// As they are: the weights are dequantized on the fly. Slow and exact.
+    F32,
+}

@@ -1,0 +1,443 @@
+//! Running a step: every thread goes through the plan's phases and takes its share of each.
+//!
+//! All memory that phases touch belongs to [`Compiled`]. Two rules make the shared writes sound: within a phase
+//! every element is written by one thread and read by no other, and a barrier lies between phases. A phase of
+//! rows shares out rows, a matmul columns, attention tiles.
+
+mod experts;
+
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use setu_core::Result;
+use setu_core::backend::Want;
+use setu_core::graph::{RopeTable, RowSpace};
+use setu_core::sampling::SlotState;
+
+use self::experts::ExpertSpace;
+use crate::kv::Pages;
+use crate::matmul::{Activations, Isa, Output, PackedMatrix, ROWS};
+use crate::memory::Matrix;
+use crate::ops::attention::{self, Io, Tiling};
+use crate::ops::{elementwise, rope};
+use crate::plan::{AttentionPhase, Element, ElementKind, Matmul, Operand, Phase, Plan, RowKind, RowOp};
+use crate::pool::Worker;
+use crate::sampler::{self, Outputs};
+use crate::step::{Limits, StepData};
+use crate::vector::{self, Vectors};
+use crate::weights::Table;
+
+/// Rows up to which every thread prepares a matmul's input for itself, which is quicker than to meet once more.
+const PRIVATE_ROWS: usize = 2;
+/// Most wanted rows that the tail runs for at a time.
+const TAIL_ROWS: usize = 64;
+
+/// A plan with its weights and all the memory that steps need.
+#[derive(Debug)]
+pub struct Compiled {
+    isa: Isa,
+    vectors: Vectors,
+    plan: Plan,
+    matrices: Vec<PackedMatrix>,
+    tables: Vec<Table>,
+    ropes: Vec<RopeTable>,
+    pub pages: Pages,
+    buffers: Vec<Matrix>,
+    angles: Vec<Matrix>,
+    /// Inputs of matmuls, one for each of [`Plan::activations`].
+    inputs: Vec<Activations>,
+    experts: Option<ExpertSpace>,
+    tilings: Vec<Tiling>,
+    partials: Matrix,
+    partial_cols: usize,
+    tail_rows: usize,
+    vocab: usize,
+    threads: Vec<Mutex<ThreadSpace>>,
+    pub slots: Vec<Mutex<SlotState>>,
+}
+
+/// What a thread works with alone.
+#[derive(Debug)]
+struct ThreadSpace {
+    row: Vec<f32>,
+    inputs: Vec<Activations>,
+    attention: attention::Scratch,
+    sampler: sampler::Scratch,
+    chosen: Vec<(usize, f32)>,
+    routed: experts::Routed,
+}
+
+/// The rows that a phase runs for.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    count: usize,
+    /// The token of each row.
+    tokens: Option<&'a [u32]>,
+}
+
+impl Rows<'_> {
+    /// Where row `row` of the phase lies in an operand's buffer.
+    fn of(&self, operand: &Operand, row: usize) -> usize {
+        match self.tokens {
+            Some(tokens) if operand.gather => tokens[row] as usize,
+            _ => row,
+        }
+    }
+}
+
+impl Compiled {
+    /// Allocates what `plan` needs for steps within `limits`.
+    ///
+    /// # Errors
+    /// Memory ran out.
+    pub fn new(
+        isa: Isa,
+        plan: Plan,
+        matrices: Vec<PackedMatrix>,
+        tables: Vec<Table>,
+        ropes: Vec<RopeTable>,
+        pages: Pages,
+        limits: &Limits,
+        threads: usize,
+    ) -> Result<Compiled> {
+        let tail_rows = TAIL_ROWS.min(limits.tokens.max(1));
+        let buffer = |spec: &crate::plan::BufferSpec| {
+            let rows = if spec.space == RowSpace::Tokens { limits.tokens } else { tail_rows };
+            Matrix::zeroed(rows, spec.cols, "activations")
+        };
+        let inputs_for = |tokens: usize| -> Result<Vec<Activations>> {
+            plan.activations.iter().map(|&(cols, precision)| Activations::new(precision, tokens, cols)).collect()
+        };
+        let widest = plan.buffers.iter().map(|buffer| buffer.cols).max().unwrap_or(0);
+        let thread = || -> Result<Mutex<ThreadSpace>> {
+            Ok(Mutex::new(ThreadSpace {
+                row: vec![0.0; widest],
+                inputs: inputs_for(PRIVATE_ROWS)?,
+                attention: attention::Scratch::default(),
+                sampler: sampler::Scratch::default(),
+                chosen: Vec::new(),
+                routed: experts::Routed::default(),
+            }))
+        };
+        let tiling = |key: &attention::TilingKey| Tiling::new(*key, pages.groups[key.kv_group].window);
+        let partial_cols = plan.body.iter().map(|phase| match phase {
+            Phase::Attention(phase) => 2 + phase.attention.v_dim.next_multiple_of(vector::LANES),
+            _ => 0,
+        });
+        Ok(Compiled {
+            isa,
+            vectors: Vectors::of(isa),
+            buffers: plan.buffers.iter().map(buffer).collect::<Result<_>>()?,
+            angles: ropes
+                .iter()
+                .map(|rope| Matrix::zeroed(limits.tokens, 2 * rope.inv_freq.len(), "rope angles"))
+                .collect::<Result<_>>()?,
+            inputs: inputs_for(limits.tokens)?,
+            experts: ExpertSpace::new(&plan, limits.tokens)?,
+            tilings: plan.tilings.iter().map(tiling).collect(),
+            partials: Matrix::zeroed(0, 0, "attention")?,
+            partial_cols: partial_cols.max().unwrap_or(0),
+            tail_rows,
+            vocab: limits.vocab,
+            threads: (0..threads).map(|_| thread()).collect::<Result<_>>()?,
+            slots: (0..limits.slots).map(|_| Mutex::default()).collect(),
+            plan,
+            matrices,
+            tables,
+            ropes,
+            pages,
+        })
+    }
+
+    pub fn weight_bytes(&self) -> usize {
+        self.matrices.iter().map(PackedMatrix::byte_len).sum()
+    }
+
+    pub fn workspace_bytes(&self) -> usize {
+        self.buffers.iter().chain(&self.angles).map(Matrix::byte_len).sum()
+    }
+
+    /// Shares `step` out; the last thing before threads [run](Compiled::run) it.
+    ///
+    /// # Errors
+    /// Memory ran out.
+    pub fn prepare(&mut self, step: &StepData) -> Result<()> {
+        let (geometry, threads) = (self.pages.geometry, self.threads.len());
+        let partials = self.tilings.iter_mut().map(|tiling| tiling.plan(step, geometry, threads)).max();
+        let partials = partials.unwrap_or(0);
+        if partials > self.partials.rows() {
+            self.partials = Matrix::zeroed(partials.next_power_of_two(), self.partial_cols, "attention")?;
+        }
+        for (slot, state) in &step.opened {
+            *self.slots[*slot as usize].get_mut().unwrap_or_else(std::sync::PoisonError::into_inner) = state.clone();
+        }
+        for &(group, from, to) in &step.copies {
+            // SAFETY: `&mut self` keeps all others out.
+            unsafe { self.pages.copy(group, from, to) };
+        }
+        Ok(())
+    }
+
+    /// Runs this thread's share of `step`, writing what the step samples to `sampled`.
+    ///
+    /// # Safety
+    /// All threads of one team call this with the same arguments, after one [`prepare`](Compiled::prepare) for it.
+    pub unsafe fn run(&self, step: &StepData, outputs: &Outputs, sampled: &[AtomicU32], worker: Worker<'_>) {
+        let mut space = self.threads[worker.index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let space = &mut *space;
+        let all = Rows { count: step.tokens(), tokens: None };
+        if all.count > 0 {
+            self.angles(step, &worker);
+            worker.barrier();
+            for phase in &self.plan.body {
+                self.phase(phase, step, all, &worker, space);
+                worker.barrier();
+            }
+        }
+        let mut first = 0;
+        while first < step.wants.len() {
+            let count = self.tail_rows.min(step.wants.len() - first);
+            let rows = Rows { count, tokens: Some(&step.want_tokens[first..first + count]) };
+            for phase in &self.plan.tail {
+                self.phase(phase, step, rows, &worker, space);
+                worker.barrier();
+            }
+            self.sample(step, first..first + count, outputs, sampled, &worker, space);
+            worker.barrier();
+            first += count;
+        }
+    }
+
+    fn angles(&self, step: &StepData, worker: &Worker<'_>) {
+        let tokens = step.tokens();
+        while let Some(tokens) = worker.claim(tokens, grain(tokens, worker, 4)) {
+            for token in tokens {
+                for (rope, angles) in self.ropes.iter().zip(&self.angles) {
+                    // SAFETY: a token's angles are one thread's.
+                    let out = unsafe { angles.row_mut(token, 0..2 * rope.inv_freq.len()) };
+                    rope::angles(rope, step.token_position(token) as u32, out);
+                }
+            }
+        }
+    }
+
+    fn phase(&self, phase: &Phase, step: &StepData, rows: Rows<'_>, worker: &Worker<'_>, space: &mut ThreadSpace) {
+        match phase {
+            Phase::Rows(ops) => {
+                while let Some(claimed) = worker.claim(rows.count, grain(rows.count, worker, 4)) {
+                    for row in claimed {
+                        ops.iter().for_each(|op| self.row_op(op, step, rows, row, space));
+                    }
+                }
+            }
+            Phase::Matmul(matmul) => self.matmul(matmul, rows, worker, space),
+            Phase::Attention(phase) => self.attention(phase, step, worker, space),
+            Phase::Experts(experts) => self.experts(experts, rows, worker, space),
+        }
+    }
+
+    fn attention(&self, phase: &AttentionPhase, step: &StepData, worker: &Worker<'_>, space: &mut ThreadSpace) {
+        let io = Io {
+            vectors: self.vectors,
+            step,
+            pages: &self.pages,
+            tiling: &self.tilings[phase.attention.tiling],
+            angles: &self.angles,
+            q: &self.buffers[phase.q.buffer],
+            k: &self.buffers[phase.k.buffer],
+            v: &self.buffers[phase.v.buffer],
+            out: &self.buffers[phase.out.buffer],
+            partials: &self.partials,
+        };
+        // SAFETY: every thread of the team comes here with these arguments; what the phase writes are its output
+        // and the pages, which no other phase touches meanwhile.
+        unsafe { phase.attention.run(io, worker, &mut space.attention) };
+    }
+
+    /// An operand's row `row` of the phase.
+    fn read(&self, operand: &Operand, rows: Rows<'_>, row: usize, cols: Range<usize>) -> &[f32] {
+        let row = rows.of(operand, row);
+        // SAFETY: what a phase reads was written before the last barrier, or in this phase by this thread; in-place
+        // ops never read through this what they write.
+        unsafe { self.buffers[operand.buffer].row(row, cols) }
+    }
+
+    /// Row `row` of a phase's output.
+    #[allow(clippy::mut_from_ref, reason = "threads write disjoint parts of shared buffers")]
+    fn write(&self, operand: &Operand, row: usize, cols: Range<usize>) -> &mut [f32] {
+        // SAFETY: the phase gave these elements to this thread, which holds no other slice of them.
+        unsafe { self.buffers[operand.buffer].row_mut(row, cols) }
+    }
+
+    fn row_op(&self, op: &RowOp, step: &StepData, rows: Rows<'_>, row: usize, space: &mut ThreadSpace) {
+        let vectors = self.vectors;
+        let cols = 0..op.out.cols;
+        if let (RowKind::Element(kind), Some(input)) = (&op.kind, op.input) {
+            self.element(&Element { kind: *kind, input, out: op.out }, rows, row, cols);
+            return;
+        }
+        let out = self.write(&op.out, row, cols);
+        let input = |cols: Range<usize>| op.input.map_or(&[][..], |input| self.read(&input, rows, row, cols));
+        match &op.kind {
+            RowKind::Embed { table, scale } => {
+                let token = rows.tokens.map_or(row, |tokens| tokens[row] as usize);
+                self.tables[*table].row(step.token_ids()[token] as usize, out);
+                if *scale != 1.0 {
+                    vector::scale(vectors, out, *scale);
+                }
+            }
+            RowKind::Norm(norm) => norm.apply(vectors, input(0..out.len()), out),
+            RowKind::Rope { rotation, head_dim } => {
+                out.copy_from_slice(input(0..out.len()));
+                let token = rows.tokens.map_or(row, |tokens| tokens[row] as usize);
+                // SAFETY: angles are only read since the first barrier.
+                let angles = unsafe { self.angles[rotation.table].row(token, 0..step.angle_cols(rotation.table)) };
+                for head in out.chunks_exact_mut(*head_dim) {
+                    rope::rotate(vectors, rotation.style, head, angles);
+                }
+            }
+            RowKind::Slice { start } => out.copy_from_slice(input(*start..*start + out.len())),
+            RowKind::Route(router) => {
+                out.copy_from_slice(input(0..out.len()));
+                router.route(vectors, out, &mut space.chosen);
+            }
+            RowKind::Element(_) | RowKind::Copy => out.copy_from_slice(input(0..out.len())),
+        }
+    }
+
+    /// Runs an elementwise op on columns `cols` of a row.
+    fn element(&self, element: &Element, rows: Rows<'_>, row: usize, cols: Range<usize>) {
+        let vectors = self.vectors;
+        let out = self.write(&element.out, row, cols.clone());
+        if element.out.buffer != element.input.buffer {
+            out.copy_from_slice(self.read(&element.input, rows, row, cols.clone()));
+        }
+        match &element.kind {
+            ElementKind::Activation(kind) => elementwise::activate(vectors, *kind, out),
+            ElementKind::Gated(kind, up) => elementwise::gate(vectors, *kind, out, self.read(up, rows, row, cols)),
+            ElementKind::Add(other) => vector::add(vectors, out, self.read(other, rows, row, cols)),
+            ElementKind::Mul(other) => vector::mul(vectors, out, self.read(other, rows, row, cols)),
+            ElementKind::Scale(by) => vector::scale(vectors, out, *by),
+            ElementKind::Softcap(cap) => vector::softcap(vectors, out, *cap),
+        }
+    }
+
+    fn matmul(&self, matmul: &Matmul, rows: Rows<'_>, worker: &Worker<'_>, space: &mut ThreadSpace) {
+        let mut prepare = |row: usize, inputs: &[Activations]| {
+            let cols = matmul.input.cols;
+            let mut input = self.read(&matmul.input, rows, row, 0..cols);
+            if let Some(norm) = &matmul.norm {
+                let normed = &mut space.row[..cols];
+                norm.apply(self.vectors, input, normed);
+                input = normed;
+            }
+            for &activation in &matmul.activations {
+                // SAFETY: this row of these inputs is this thread's.
+                unsafe { inputs[activation].quantize_shared(self.isa, row, 0, input) };
+            }
+        };
+        let inputs = if rows.count <= PRIVATE_ROWS {
+            (0..rows.count).for_each(|row| prepare(row, &space.inputs));
+            &space.inputs
+        } else {
+            while let Some(claimed) = worker.claim(rows.count, grain(rows.count, worker, 4)) {
+                claimed.for_each(|row| prepare(row, &self.inputs));
+            }
+            worker.barrier();
+            &self.inputs
+        };
+        let total = matmul.bundles.iter().map(|bundle| bundle.cols.div_ceil(ROWS)).sum();
+        let shares = if rows.count <= PRIVATE_ROWS { 6 } else { 16 };
+        while let Some(claimed) = worker.claim(total, grain(total, worker, shares)) {
+            let mut start = 0;
+            for bundle in &matmul.bundles {
+                let end = start + bundle.cols.div_ceil(ROWS);
+                let (from, to) = (claimed.start.max(start), claimed.end.min(end));
+                if from < to {
+                    let blocks = from - start..to - start;
+                    let cols = blocks.start * ROWS..bundle.cols.min(blocks.end * ROWS);
+                    for part in &bundle.parts {
+                        let weights = &self.matrices[part.matrix];
+                        let output = self.output(&part.out, rows.count);
+                        // SAFETY: the inputs are only read since they were prepared; these columns are this thread's.
+                        unsafe {
+                            part.kernel.run(weights, &inputs[part.activation], 0..rows.count, blocks.clone(), output);
+                        }
+                        if let Some(bias) = &part.bias {
+                            for row in 0..rows.count {
+                                let out = self.write(&part.out, row, cols.clone());
+                                vector::add(self.vectors, out, &bias[cols.clone()]);
+                            }
+                        }
+                    }
+                    if !bundle.elements.is_empty() {
+                        for row in 0..rows.count {
+                            for element in &bundle.elements {
+                                self.element(element, rows, row, cols.clone());
+                            }
+                        }
+                    }
+                }
+                start = end;
+            }
+        }
+    }
+
+    /// A buffer as a kernel's output.
+    fn output(&self, operand: &Operand, rows: usize) -> Output<'_> {
+        output(&self.buffers[operand.buffer], rows)
+    }
+
+    fn sample(
+        &self,
+        step: &StepData,
+        wants: Range<usize>,
+        outputs: &Outputs,
+        sampled: &[AtomicU32],
+        worker: &Worker<'_>,
+        space: &mut ThreadSpace,
+    ) {
+        let slot_of = |index: usize| {
+            let want = step.wants[index];
+            want.has(Want::SAMPLE).then(|| step.slot(want.row as usize))
+        };
+        while let Some(claimed) = worker.claim(wants.len(), 1) {
+            let first = wants.start + claimed.start;
+            let slot = slot_of(first);
+            // A slot that is sampled several times belongs to the thread that has its first want.
+            if slot.is_some() && (wants.start..first).any(|earlier| slot_of(earlier) == slot) {
+                continue;
+            }
+            for index in first..wants.end {
+                if index != first && (slot.is_none() || slot_of(index) != slot) {
+                    continue;
+                }
+                // SAFETY: the logits were written before the last barrier, and this want is this thread's.
+                unsafe {
+                    let logits = self.buffers[self.plan.logits].row(index - wants.start, 0..self.vocab);
+                    let (vectors, scratch) = (self.vectors, &mut space.sampler);
+                    let token = sampler::answer(vectors, step, index, logits, &self.slots, outputs, scratch);
+                    if let Some(token) = token {
+                        sampled[index].store(token, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `rows` rows of a matrix as a kernel's output.
+fn output(matrix: &Matrix, rows: usize) -> Output<'_> {
+    let len = rows * matrix.stride();
+    // SAFETY: the matrix has these rows; kernels write through the pointer only what `Kernel::run` names.
+    unsafe { Output::from_raw(matrix.as_mut_ptr(rows), len, matrix.stride()) }
+}
+
+/// Tasks that a thread claims at once, so that each claims about `shares` times.
+fn grain(total: usize, worker: &Worker<'_>, shares: usize) -> usize {
+    match worker.threads() {
+        1 => total.max(1),
+        threads => total.div_ceil(threads * shares).max(1),
+    }
+}
