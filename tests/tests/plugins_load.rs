@@ -129,11 +129,8 @@ fn the_later_of_two_files_with_one_key_is_used_and_both_are_named() {
     let (earlier, later) = (first.path().join("b.so"), second.path().join("a.so"));
     let entry = registries.schedulers.get("lifo").unwrap();
     assert!(matches!(&entry.source, Source::File { path, .. } if *path == later));
-    let expected = format!(
-        "the scheduler `lifo` from {} is used in place of the one from {}",
-        later.display(),
-        earlier.display()
-    );
+    let expected =
+        format!("the scheduler `lifo` from {} is used in place of the one from {}", later.display(), earlier.display());
     assert_eq!(report.loaded[1].warnings, [expected]);
 
     let mut registries = Registries::linked_in();
@@ -167,11 +164,7 @@ fn files_that_are_no_plugins_are_refused_with_a_sentence() {
     let key_at = description + find(&plugin[description..], b"lifo\x1f");
     let newer = [ABI.major.to_le_bytes(), (ABI.minor + 1).to_le_bytes()].concat();
     let cases: Vec<(Vec<u8>, RejectionKind, String)> = vec![
-        (
-            b"hello".to_vec(),
-            RejectionKind::NotElf,
-            "it is not an ELF file, so no shared library of Linux".into(),
-        ),
+        (b"hello".to_vec(), RejectionKind::NotElf, "it is not an ELF file, so no shared library of Linux".into()),
         (Vec::new(), RejectionKind::NotElf, "it is not an ELF file, so no shared library of Linux".into()),
         (
             std::fs::read(extension("not-a-plugin")).unwrap(),
@@ -274,7 +267,7 @@ fn what_the_system_or_the_tables_refuse_is_no_crash_either() {
         (
             std::fs::read(extension("panics-at-load")).unwrap(),
             RejectionKind::Panicked,
-            "the scheduler `idle`: panicked in config: nobody knows what can be set (src/lib.rs:18): report it to the \
+            "the scheduler `idle`: panicked in config: nobody knows what can be set (src/lib.rs:17): report it to the \
              authors of panics-at-load",
         ),
     ];
@@ -294,27 +287,6 @@ fn a_truncated_file_is_refused_wherever_it_ends() {
         let (kind, reason) = rejection_of(&plugin[..end]);
         let expected = if end < 4 { RejectionKind::NotElf } else { RejectionKind::Truncated };
         assert_eq!(kind, expected, "at {end}: {reason}");
-    }
-}
-
-#[test]
-fn any_damage_to_the_description_is_refused_or_harmless() {
-    let file = extension("two-in-one");
-    let plugin = std::fs::read(&file).unwrap();
-    let start = description_at(&plugin);
-    let len = u32::from_le_bytes(plugin[start + 12..start + 16].try_into().unwrap()) as usize;
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("it.so");
-    // Inspected only: it may still say something that is true of no library.
-    for at in start..start + len {
-        for value in [0, 0x7f, 0xff, plugin[at].wrapping_add(1)] {
-            let mut bytes = plugin.clone();
-            bytes[at] = value;
-            std::fs::write(&path, &bytes).unwrap();
-            if let Ok(file) = inspect(&path) {
-                assert!(file.plugins.iter().all(|plugin| plugin.components.len() <= 256));
-            }
-        }
     }
 }
 

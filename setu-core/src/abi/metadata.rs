@@ -273,3 +273,122 @@ impl<'a> Reader<'a> {
         Ok(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, FieldSpec, Values};
+    use crate::scheduler::{Decisions, Scheduler};
+    use crate::view::StepView;
+    use crate::{Component, Result};
+
+    struct Nothing;
+
+    impl Config for Nothing {
+        const HELP: &'static str = "";
+        const FIELDS: &'static [FieldSpec] = &[];
+
+        fn read(_: &Values<'_>) -> Result<Self> {
+            Ok(Nothing)
+        }
+    }
+
+    struct Idle;
+
+    impl Component for Idle {
+        type Config = Nothing;
+        const KEY: &'static str = "idle";
+        const DESCRIPTION: &'static str = "Runs nobody\u{7}.";
+
+        fn build(_: Nothing) -> Result<Self> {
+            Ok(Idle)
+        }
+    }
+
+    impl Scheduler for Idle {
+        fn schedule(&mut self, _: &StepView<'_>, _: &mut Decisions<'_>) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    const COMPONENTS: &[Linked] = &[Linked::scheduler::<Idle>("p", "1"), Linked::scheduler::<Idle>("p", "1")];
+    const PACKAGE: Package =
+        Package { name: "päckage", version: "1.2.3-rc.4", symbol: "setu_plugin_p", panic: PanicStrategy::Unwind };
+    const LEN: usize = encoded_len(&PACKAGE, COMPONENTS);
+    static RECORD: [u8; LEN] = encode(&PACKAGE, COMPONENTS);
+
+    /// The record with `patch` at `at`.
+    fn patched(at: usize, patch: &[u8]) -> Vec<u8> {
+        let mut bytes = RECORD.to_vec();
+        bytes[at..at + patch.len()].copy_from_slice(patch);
+        bytes
+    }
+
+    #[test]
+    fn records_read_back_as_they_were_written() {
+        let idle = ComponentMetadata {
+            kind: Kind::Scheduler,
+            key: "idle".to_owned(),
+            description: "Runs nobody .".to_owned(),
+        };
+        let expected = PluginMetadata {
+            abi: ABI,
+            panic: PanicStrategy::Unwind,
+            core_version: env!("CARGO_PKG_VERSION").to_owned(),
+            package: "päckage".to_owned(),
+            version: "1.2.3-rc.4".to_owned(),
+            symbol: "setu_plugin_p".to_owned(),
+            components: vec![idle.clone(), idle],
+        };
+        assert_eq!(decode(&RECORD).unwrap(), [expected.clone()]);
+        let two = [&[0; 5], &RECORD[..], &[0; 3], &RECORD[..], &[0; 9]].concat();
+        assert_eq!(decode(&two).unwrap(), [expected.clone(), expected.clone()]);
+        // What a later version adds behind the components is skipped.
+        let longer = [&patched(12, &(LEN as u32 + 6).to_le_bytes())[..], b"future"].concat();
+        assert_eq!(decode(&longer).unwrap(), [expected]);
+    }
+
+    #[test]
+    fn another_version_is_told_even_where_nothing_else_can_be_read() {
+        let newer = AbiVersion { major: ABI.major, minor: ABI.minor + 1 };
+        let foreign = AbiVersion { major: 0xffff, minor: 0 };
+        for abi in [newer, foreign] {
+            let mut bytes = patched(16, &[abi.major.to_le_bytes(), abi.minor.to_le_bytes()].concat());
+            assert_eq!(decode(&bytes), Err(MetadataError::OtherAbi(abi)));
+            bytes[8] = 200;
+            bytes.truncate(FIXED_BYTES);
+            assert_eq!(decode(&bytes), Err(MetadataError::OtherAbi(abi)));
+        }
+    }
+
+    #[test]
+    fn damage_is_named() {
+        let cases = [
+            (Vec::new(), "it is empty"),
+            (vec![0; 100], "it is empty"),
+            (RECORD[..10].to_vec(), "a record is cut off"),
+            (patched(8, &[2]), "a record has format 2, this build of Setu reads 1"),
+            (patched(12, &u32::MAX.to_le_bytes()), "a record claims to be of 4294967295 bytes"),
+            (patched(12, &[0; 4]), "a record claims to be of 0 bytes"),
+            (patched(20, &[2]), "there is no panic strategy 2"),
+            (patched(24, &u32::MAX.to_le_bytes()), "a record is cut off"),
+            (patched(LEN - 14, &[0xff]), "a text is not UTF-8"),
+            (RECORD.repeat(MAX_RECORDS + 1), "it has more than 64 records"),
+        ];
+        for (bytes, why) in cases {
+            assert_eq!(decode(&bytes), Err(MetadataError::Corrupt(why.to_owned())));
+        }
+    }
+
+    #[test]
+    fn no_damage_to_a_byte_or_to_the_end_is_a_crash() {
+        for at in 0..LEN {
+            assert!(decode(&RECORD[..at]).is_err(), "cut at {at}");
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                if let Ok(plugins) = decode(&patched(at, &[value])) {
+                    assert!(plugins[0].components.len() <= 2, "{value} at {at}");
+                }
+            }
+        }
+    }
+}

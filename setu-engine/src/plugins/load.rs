@@ -1,10 +1,11 @@
 //! Runs a file's code: `dlopen`, its header, its components.
 
+use std::error::Error;
 use std::path::Path;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use setu_core::ErrorKind;
 use setu_core::abi::{Plugin, PluginMetadata};
-use setu_core::{Error, ErrorKind};
 
 use super::file::inspect;
 use super::report::{LoadedPlugin, Rejection, RejectionKind};
@@ -34,19 +35,21 @@ pub(super) fn load(path: &Path, pins: &[String]) -> Result<Vec<(LoadedPlugin, Pl
 }
 
 fn open(path: &Path) -> Result<&'static Library, String> {
-    let refused = |error: &dyn std::fmt::Display| format!("the system's loader refuses it: {error}");
+    let refused = |error: &dyn Error| format!("the system's loader refuses it: {error}");
     // A path without a slash would be searched for in the system's folders.
     let path = std::path::absolute(path).map_err(|error| refused(&error))?;
     // SAFETY: running the constructors of a native library is what the operator asked for by putting it
     // into the folder. It is leaked, so that nothing of it ever dangles.
-    let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) }.map_err(|error| refused(&error))?;
+    let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
+    // The error itself says only that it failed; its source says why.
+    let library = library.map_err(|error| refused(error.source().unwrap_or(&error)))?;
     Ok(Box::leak(Box::new(library)))
 }
 
-fn start(library: &'static Library, metadata: PluginMetadata) -> Result<Plugin, Error> {
+fn start(library: &'static Library, metadata: PluginMetadata) -> setu_core::Result<Plugin> {
     // SAFETY: only the address is used here.
     let header = unsafe { library.get::<*const ()>(metadata.symbol.as_bytes()) };
-    let header = header.map_err(|_| Error::contract(format!("it has no symbol `{}`", metadata.symbol)))?;
+    let header = header.map_err(|_| setu_core::Error::contract(format!("it has no symbol `{}`", metadata.symbol)))?;
     // SAFETY: the address is that of the symbol which the file's own description names, and the library
     // is never unloaded.
     unsafe { Plugin::open(metadata, header.into_raw().cast_const().cast()) }
