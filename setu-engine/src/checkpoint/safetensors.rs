@@ -47,7 +47,9 @@ impl Header {
     /// Says what is wrong with it; the caller adds which file.
     pub fn read(file: &[u8]) -> Result<Header> {
         let (json, data_start) = split(file)?;
-        let listed: Listed<'_> = serde_json::from_slice(json)
+        let json = std::str::from_utf8(json)
+            .map_err(|error| Error::invalid(format!("the safetensors header is not UTF-8: {error}")))?;
+        let listed: Listed<'_> = serde_json::from_str(json)
             .map_err(|error| Error::invalid(format!("the safetensors header is not as it must be: {error}")))?;
         let mut header = Header::default();
         let mut ranges = Vec::with_capacity(listed.0.len());
@@ -150,7 +152,7 @@ fn place(name: &str, described: &Described<'_>, data_start: usize, file_len: usi
         let Some(bits) = bits else {
             return Err(bad(format_args!("has the shape {shape:?}, more than any memory can hold")));
         };
-        if end - begin != bits.div_ceil(8) {
+        if u128::from(end - begin) * 8 != u128::from(bits) {
             return Err(bad(format_args!(
                 "has {} bytes, where {} of the shape {shape:?} takes {}",
                 end - begin,

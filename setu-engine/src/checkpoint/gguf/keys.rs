@@ -15,7 +15,7 @@ use crate::checkpoint::map::Shown;
 /// Arrays with more elements are left out of the JSON.
 const MAX_SHOWN: usize = 4096;
 /// Elements of all arrays in the JSON together: a value takes many times the memory of its bytes in the file.
-const MAX_SHOWN_TOGETHER: usize = 1 << 20;
+const MAX_SHOWN_TOGETHER: usize = 1 << 18;
 const MAX_KEYS: u64 = 1 << 16;
 const MAX_ARRAY: u64 = 1 << 24;
 
