@@ -21,8 +21,8 @@ pub struct EngineConfig {
     /// CPU time that a scheduler or batcher may take for one step before it counts as an overrun; 0 sets no limit.
     #[config(default = 20000, unit = "µs")]
     pub policy_budget_us: u32,
-    /// Overruns among a policy's last 16 calls that have it replaced by the fallback.
-    #[config(default = 8, min = 1, max = 16, unit = "calls")]
+    /// Overruns among a policy's last 16 steps that have it replaced by the fallback.
+    #[config(default = 8, min = 1, max = 16, unit = "steps")]
     pub policy_overruns: u32,
     /// Time in one call of a component after which the watchdog reports a hang; 0 turns it off.
     #[config(default = 30.0, min = 0.0, unit = "s")]

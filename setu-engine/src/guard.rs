@@ -38,9 +38,9 @@ pub struct Fault {
 /// How long a policy may take, and how often it may take longer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TimeBudget {
-    /// CPU time of one call; zero for no limit.
-    pub per_call: Duration,
-    /// Overruns among the last 16 calls that count as a fault.
+    /// CPU time of all calls for one step; zero for no limit.
+    pub per_step: Duration,
+    /// Overruns among the last 16 steps that count as a fault.
     pub overruns: u32,
 }
 
@@ -50,10 +50,12 @@ pub(crate) struct Guard<C: ?Sized> {
     component: Option<Box<C>>,
     fallback: Option<(String, Box<C>)>,
     budget: TimeBudget,
-    /// One bit for each of the last 16 calls that overran.
+    /// The step of the latest call, and what calls for it took.
+    step: u64,
+    step_spent: Duration,
+    /// One bit for each of the last 16 steps that overran, the latest in bit 0.
     overran: u16,
     pub spent: Duration,
-    pub calls: u64,
 }
 
 impl<C: ?Sized> Guard<C> {
@@ -64,9 +66,10 @@ impl<C: ?Sized> Guard<C> {
             component: Some(guarded.component),
             fallback: Some((guarded.fallback_name, guarded.fallback)),
             budget,
+            step: 0,
+            step_spent: Duration::ZERO,
             overran: 0,
             spent: Duration::ZERO,
-            calls: 0,
         }
     }
 
@@ -75,38 +78,41 @@ impl<C: ?Sized> Guard<C> {
         &self.name
     }
 
-    /// Calls the component in use.
+    /// Calls the component in use for step `step`.
     ///
     /// # Errors
     /// The call's own, a panic, or too many overruns: what [`quarantine`](Guard::quarantine) is to be told.
-    pub fn call<R>(&mut self, call: impl FnOnce(&mut C) -> Result<R>) -> Result<R> {
+    pub fn call<R>(&mut self, step: u64, call: impl FnOnce(&mut C) -> Result<R>) -> Result<R> {
         let component = self.component.as_deref_mut().ok_or_else(|| Error::internal("no component is left"))?;
         let started = thread_cpu_time();
         let result = catch_unwind(AssertUnwindSafe(|| call(component)))
             .unwrap_or_else(|payload| Err(Error::new(ErrorKind::Panicked, panic_message(payload))));
         let took = thread_cpu_time().saturating_sub(started);
         self.spent += took;
-        self.calls += 1;
-        let overran = !self.budget.per_call.is_zero() && took > self.budget.per_call;
-        self.overran = self.overran << 1 | u16::from(overran);
+        if self.step != step {
+            self.step = step;
+            self.step_spent = Duration::ZERO;
+            self.overran <<= 1;
+        }
+        self.step_spent += took;
         let result = result?;
-        if overran {
-            tracing::warn!(
-                kind = self.kind.name(),
-                component = self.name,
-                took_us = took.as_micros() as u64,
-                budget_us = self.budget.per_call.as_micros() as u64,
-                "a call took longer than its budget"
-            );
-            if self.overran.count_ones() >= self.budget.overruns {
-                let (took, budget) = (took.as_micros(), self.budget.per_call.as_micros());
-                let count = self.overran.count_ones();
+        if self.overran & 1 == 0 && !self.budget.per_step.is_zero() && self.step_spent > self.budget.per_step {
+            self.overran |= 1;
+            let (took_us, budget_us) = (self.step_spent.as_micros() as u64, self.budget.per_step.as_micros() as u64);
+            let (kind, component, count) = (self.kind.name(), &self.name, self.overran.count_ones());
+            tracing::warn!(kind, component, took_us, budget_us, "a policy took longer than its budget for a step");
+            if count >= self.budget.overruns {
                 return Err(Error::contract(format!(
-                    "{count} of the last 16 calls took longer than {budget} µs, the last {took} µs"
+                    "{count} of the last 16 steps took longer than {budget_us} µs, the last {took_us} µs"
                 )));
             }
         }
         Ok(result)
+    }
+
+    /// Whether a component is left to call.
+    pub fn is_usable(&self) -> bool {
+        self.component.is_some()
     }
 
     /// Replaces the component by the fallback. Says whether there was one left to take over.
@@ -126,6 +132,7 @@ impl<C: ?Sized> Guard<C> {
             self.name = name;
             self.component = Some(fallback);
             self.overran = 0;
+            self.step_spent = Duration::ZERO;
         });
         if replaced.is_none() {
             tracing::error!(kind = self.kind.name(), step, error = error.message(), "the fallback is at fault as well");
@@ -150,6 +157,7 @@ impl<C: ?Sized> Guard<C> {
             }
         }
         self.overran = 0;
+        self.step_spent = Duration::ZERO;
     }
 }
 

@@ -164,7 +164,8 @@ impl Request {
             } else {
                 format!("the model's limit is {}", limits.max_model_len)
             };
-            return Err(Error::invalid(format!("the prompt has {} tokens; {why}", self.prompt.len())));
+            let needs = if self.prompt_only { "" } else { " and needs room for one more" };
+            return Err(Error::invalid(format!("the prompt has {} tokens{needs}; {why}", self.prompt.len())));
         }
         let deadlines =
             [("ttft", self.deadlines.ttft_s), ("itl", self.deadlines.itl_s), ("total", self.deadlines.total_s)];
@@ -181,8 +182,8 @@ impl Request {
     }
 }
 
-/// A request in the engine: one choice of it.
-pub(crate) struct Arrival {
+/// One choice of a request on its way into the engine.
+pub struct Arrival {
     pub id: SessionId,
     pub request: std::sync::Arc<Request>,
     pub seed: u64,

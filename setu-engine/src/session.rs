@@ -1,14 +1,18 @@
 //! One session as the engine's thread keeps it.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 use setu_core::ids::SessionId;
 use setu_core::sampling::SamplingParams;
 use setu_core::view::{SessionState, SessionView};
+use setu_core::{Error, Result};
 
+use crate::guard::panic_message;
 use crate::kv::{GroupTable, PrefixKeys};
-use crate::request::{Arrival, Event, Request, TextSink, TokenLogprob, Usage};
+use crate::request::{Arrival, Event, Piece, Request, TextSink, TokenLogprob, Usage};
 
 /// A live session. What policies see of it is in the [`SessionView`] beside it.
 pub(crate) struct Session {
@@ -37,6 +41,8 @@ pub(crate) struct Session {
     /// The session whose prompt it waits to share (a further choice of the same request).
     pub leader: Option<SessionId>,
     pub prompt_logprobs: Vec<TokenLogprob>,
+    /// Whether its owner has been told these.
+    pub prompt_sent: bool,
     pub usage: Usage,
 }
 
@@ -63,6 +69,7 @@ impl Session {
             carried_want: None,
             leader,
             prompt_logprobs: Vec::new(),
+            prompt_sent: false,
             usage,
         }
     }
@@ -81,9 +88,38 @@ impl Session {
         prompt.get(position).or_else(|| self.output.get(position - prompt.len())).copied()
     }
 
-    /// Whether its prompt must be computed token by token rather than taken from the prefix cache.
-    pub fn needs_whole_prompt(&self) -> bool {
-        self.params().prompt_logprobs.is_some() && self.prompt_logprobs.len() + 1 < self.prompt().len()
+    /// Turns a token into text.
+    ///
+    /// # Errors
+    /// The sink panicked, and is never called again.
+    pub fn push_text(&mut self, token: u32) -> Result<Piece> {
+        let Some(mut sink) = self.text.take() else { return Ok(Piece::default()) };
+        match catch_unwind(AssertUnwindSafe(|| sink.push(token))) {
+            Ok(piece) => {
+                self.text = Some(sink);
+                Ok(piece)
+            }
+            Err(payload) => Err(text_failed(sink, payload)),
+        }
+    }
+
+    /// The text that was held back; none if the sink panics.
+    pub fn finish_text(&mut self) -> String {
+        let Some(mut sink) = self.text.take() else { return String::new() };
+        catch_unwind(AssertUnwindSafe(|| sink.finish())).unwrap_or_else(|payload| {
+            let error = text_failed(sink, payload);
+            tracing::error!(session = %self.id, error = error.message(), "the rest of the text is lost");
+            String::new()
+        })
+    }
+
+    /// Most tokens that it may take from the prefix cache rather than compute: all but the last, and no prompt
+    /// token whose logits tell a log-probability that is still wanted.
+    pub fn cacheable_tokens(&self) -> usize {
+        match self.params().prompt_logprobs {
+            Some(_) if self.prompt_logprobs.len() + 1 < self.prompt().len() => self.prompt_logprobs.len(),
+            _ => self.prompt().len() + self.output.len() - 1,
+        }
     }
 
     /// A first view of it.
@@ -104,4 +140,10 @@ impl Session {
         view.set_state(if self.leader.is_some() { SessionState::Held } else { SessionState::Waiting });
         view
     }
+}
+
+fn text_failed(sink: Box<dyn TextSink>, payload: Box<dyn Any + Send>) -> Error {
+    // Its state may be broken, so not even its drop may run.
+    std::mem::forget(sink);
+    Error::internal(format!("turning tokens into text {}", panic_message(payload)))
 }

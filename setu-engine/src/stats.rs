@@ -13,6 +13,8 @@ pub struct Stats {
     pub prefill_tokens: u64,
     /// Tokens computed one at a time.
     pub decode_tokens: u64,
+    /// Tokens that needn't be computed thanks to the prefix cache or to another choice of the same request,
+    /// behind preemptions as well.
     pub prefix_hit_tokens: u64,
     pub preemptions: u64,
     pub tokens_lost: u64,

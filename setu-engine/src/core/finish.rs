@@ -1,5 +1,7 @@
 //! Waits for the oldest step and takes its results in.
 
+use std::ops::Range;
+
 use setu_core::backend::{NO_TOKEN, StepOutputs};
 use setu_core::scheduler::{EventKind, SessionEvent};
 use setu_core::view::{SessionState, StepOutcome};
@@ -54,62 +56,88 @@ impl Core {
     fn take_in(&mut self, buffers: &OutputBuffers) {
         let Some(flight) = self.flights.pop_front() else { return };
         let now_s = self.clock.now_s();
-        let took_s = flight.submitted_at.elapsed().as_secs_f64();
+        // Behind another step it began when that one was done.
+        let took_s = now_s - flight.submitted_s.max(self.last_finished_s);
+        self.last_finished_s = now_s;
         self.last_step = outcome(&flight, took_s);
         self.step_time.learn(&flight.work, took_s);
         let last_step = self.last_step;
-        let observed = self.batcher.call(|batcher| {
-            batcher.observe(&last_step);
-            Ok(())
-        });
-        if let Err(error) = observed {
-            self.batcher_fault(&error);
-        }
-        for row in &flight.rows {
-            self.confirm(row, now_s);
-        }
-        for (want_idx, want) in flight.wants.iter().enumerate() {
-            let row = &flight.rows[want.row as usize];
-            let Some(&index) = self.index.get(&row.session) else { continue };
-            match want.kind {
-                WantKind::Prompt(position) => {
-                    let session = &mut self.sessions[index];
-                    // A step from before a preemption may have got further already.
-                    if session.prompt_logprobs.len() as u32 + 1 == position {
-                        let token = session.prompt()[position as usize];
-                        let logprob = buffers.token_logprob(want_idx, token, want.top, flight.top_stride);
-                        session.prompt_logprobs.push(logprob);
-                    }
-                    self.send_prompt_logprobs(index);
-                }
-                WantKind::Sample => {
-                    let token = buffers.tokens[want_idx];
-                    let wanted = self.sessions[index].params().logprobs.is_some();
-                    let logprob = wanted.then(|| buffers.token_logprob(want_idx, token, want.top, flight.top_stride));
-                    self.accept(index, token, logprob, now_s);
-                }
+        if self.batcher.is_usable() {
+            let observed = self.batcher.call(self.step, |batcher| {
+                batcher.observe(&last_step);
+                Ok(())
+            });
+            if let Err(error) = observed {
+                self.batcher_fault(&error);
             }
         }
+        let mut wants = 0..0;
         for row in &flight.rows {
-            self.finish_prompt_only(row);
+            wants = wants.end..row.wants_end as usize;
+            if let Some(&index) = self.index.get(&row.session) {
+                let event = self.confirm(index, row, now_s);
+                self.take_wants(index, &flight, wants.clone(), buffers, event);
+            }
         }
-        self.kv.release(&flight.retired_pages);
-        self.free_slots.extend(&flight.retired_slots);
+        self.retire_flight(flight);
         self.trace(|core| crate::trace::StepTrace::finished(core.clock.now_s(), &core.last_step));
     }
 
-    /// Marks a row's tokens as computed.
-    fn confirm(&mut self, row: &FlightRow, now_s: f64) {
-        let Some(&index) = self.index.get(&row.session) else { return };
-        let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
+    /// Takes in what the step was to tell of the session at `index`.
+    fn take_wants(
+        &mut self,
+        index: usize,
+        flight: &Flight,
+        wants: Range<usize>,
+        buffers: &OutputBuffers,
+        event: usize,
+    ) {
+        let session = &mut self.sessions[index];
+        let mut sampled = None;
+        for want_idx in wants {
+            let want = flight.wants[want_idx];
+            match want.kind {
+                WantKind::Prompt(position) => {
+                    let token = session.prompt()[position as usize];
+                    session.prompt_logprobs.push(buffers.token_logprob(want_idx, token, want.top, flight.top_stride));
+                }
+                WantKind::Sample => {
+                    let token = buffers.tokens[want_idx];
+                    let wanted = session.params().logprobs.is_some();
+                    let logprob = wanted.then(|| buffers.token_logprob(want_idx, token, want.top, flight.top_stride));
+                    sampled = Some((token, logprob));
+                }
+            }
+        }
+        let all_known = session.prompt_logprobs.len() + 1 == session.prompt().len();
+        if session.params().prompt_logprobs.is_some() && all_known && !session.prompt_sent {
+            session.prompt_sent = true;
+            let all = session.prompt_logprobs.clone();
+            let _ = session.events.send(Event::Prompt(all));
+        }
+        if let Some((token, logprob)) = sampled {
+            self.accept(index, token, logprob, event);
+        } else if session.request.prompt_only && self.views[index].computed_tokens >= self.views[index].prompt_tokens {
+            self.end(index, FinishReason::Length);
+        }
+    }
+
+    /// Marks a row's tokens as computed. Returns the index of the event that tells the scheduler so.
+    fn confirm(&mut self, index: usize, row: &FlightRow, now_s: f64) -> usize {
+        let view = &mut self.views[index];
         view.steps_in_flight -= 1;
         let mut event = SessionEvent::new(EventKind::Advanced, row.session, view.tenant, now_s);
         event.prefill_tokens = row.prompt_tokens;
+        event.cached_tokens = row.cached_tokens.min(view.prompt_tokens);
+        let event_at = self.events.len();
         self.events.push(event);
-        if session.epoch != row.epoch {
-            return;
+        if self.sessions[index].epoch != row.epoch {
+            return event_at;
         }
         view.computed_tokens += row.tokens;
+        // Before a window passes them, so that the pages stay known while nobody needs their memory.
+        self.publish(index);
+        let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
         let mut freed = Vec::new();
         self.kv.pass_windows(&mut session.tables, view.computed_tokens, &mut freed);
         if !freed.is_empty() {
@@ -117,7 +145,7 @@ impl Core {
             let last_step = session.last_step;
             self.retire(freed, last_step);
         }
-        self.publish(index);
+        event_at
     }
 
     /// Makes the pages findable whose tokens are computed and known.
@@ -137,7 +165,7 @@ impl Core {
     }
 
     /// Takes a sampled token in: emits it, and ends the session if it is the last.
-    fn accept(&mut self, index: usize, token: u32, logprob: Option<TokenLogprob>, now_s: f64) {
+    fn accept(&mut self, index: usize, token: u32, logprob: Option<TokenLogprob>, event: usize) {
         self.sessions[index].samples_in_flight -= 1;
         if token == NO_TOKEN || token >= self.limits.vocab_size {
             let what = if token == NO_TOKEN {
@@ -153,22 +181,26 @@ impl Core {
         session.output.push(token);
         view.generated_tokens += 1;
         if session.output.len() == 1 {
-            self.stats.ttft_s += now_s - view.arrival_s;
+            self.stats.ttft_s += self.events[event].time_s - view.arrival_s;
             self.stats.first_tokens += 1;
         }
-        view.last_token_s = now_s;
+        view.last_token_s = self.events[event].time_s;
         if view.state() == SessionState::Prefilling {
             view.set_state(SessionState::Decoding);
         }
-        if let Some(event) = self.events.iter_mut().rev().find(|event| event.id == session.id) {
-            event.generated_tokens += 1;
-        }
+        self.events[event].generated_tokens = 1;
         if ends {
             // The token that ends the answer isn't part of its text.
             self.end(index, FinishReason::Stop(Some(token)));
             return;
         }
-        let piece = session.text.as_mut().map(|text| text.push(token)).unwrap_or_default();
+        let piece = match session.push_text(token) {
+            Ok(piece) => piece,
+            Err(error) => {
+                self.end(index, FinishReason::Failed(error));
+                return;
+            }
+        };
         let event = TokenEvent { token, text: piece.text, logprob };
         if session.events.send(Event::Token(event)).is_err() {
             self.end(index, FinishReason::Aborted);
@@ -184,42 +216,46 @@ impl Core {
         (!params.ignore_eos && self.eos.contains(&token)) || params.stop_token_ids.contains(&token)
     }
 
-    fn send_prompt_logprobs(&mut self, index: usize) {
-        let session = &mut self.sessions[index];
-        if session.prompt_logprobs.len() + 1 == session.prompt().len() {
-            let all = session.prompt_logprobs.clone();
-            let _ = session.events.send(Event::Prompt(all));
-        }
-    }
-
-    fn finish_prompt_only(&mut self, row: &FlightRow) {
-        let Some(&index) = self.index.get(&row.session) else { return };
-        if self.sessions[index].request.prompt_only
-            && self.views[index].computed_tokens >= self.views[index].prompt_tokens
-        {
-            self.end(index, FinishReason::Length);
-        }
-    }
-
     fn step_failed(&mut self, error: Error) {
-        let Some(flight) = self.flights.pop_front() else { return };
+        let Some(mut flight) = self.flights.pop_front() else { return };
         tracing::error!(error = error.message(), step = flight.number, "a step failed");
         if super::is_fatal(&error) {
+            self.retire_flight(flight);
             self.backend_lost(error);
             return;
         }
+        let copies = std::mem::take(&mut flight.copies);
+        self.lose_copies(&copies);
+        self.end_rows(&flight, &error);
+        self.retire_flight(flight);
+    }
+
+    /// Ends the sessions of a step that failed.
+    pub(super) fn end_rows(&mut self, flight: &Flight, error: &Error) {
         for row in &flight.rows {
             if let Some(&index) = self.index.get(&row.session) {
                 self.end(index, FinishReason::Failed(error.clone()));
             }
         }
+    }
+
+    /// Releases what a step kept that is over.
+    fn retire_flight(&mut self, mut flight: Flight) {
         self.kv.release(&flight.retired_pages);
+        for &(group, from, to) in &flight.copies {
+            self.kv.release(&[(group, from), (group, to)]);
+        }
         self.free_slots.extend(&flight.retired_slots);
+        flight.reset();
+        self.spare_flights.push(flight);
     }
 
     /// Ends everything: the backend can't run another step.
     pub(super) fn backend_lost(&mut self, error: Error) {
         let error = Error::new(ErrorKind::Device, format!("the backend failed: {}", error.message()));
+        while let Some(flight) = self.flights.pop_front() {
+            self.retire_flight(flight);
+        }
         self.fail_all(error);
     }
 }

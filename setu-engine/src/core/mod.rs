@@ -27,7 +27,7 @@ use setu_core::{Error, ErrorKind, Graph, Result};
 use crate::clock::Clock;
 use crate::config::{EngineConfig, KvConfig};
 use crate::guard::{Fault, Guard, Guarded, TimeBudget, panic_message};
-use crate::kv::KvStore;
+use crate::kv::{GroupTable, KvStore};
 use crate::request::{Arrival, Event, FinishReason, Finished, Limits};
 use crate::session::Session;
 use crate::stats::Stats;
@@ -84,9 +84,13 @@ pub struct Core {
     index: HashMap<SessionId, usize>,
     free_slots: Vec<u32>,
     flights: VecDeque<Flight>,
+    /// Flights that are over, for their memory.
+    spare_flights: Vec<Flight>,
     step: u64,
     step_time: StepTimeFit,
     last_step: StepOutcome,
+    /// When the latest step was waited for.
+    last_finished_s: f64,
     events: Vec<SessionEvent>,
     decisions: DecisionBuffer,
     chunks: ChunkBuffer,
@@ -118,7 +122,7 @@ impl Core {
             kv_tokens: kv.capacity_tokens(),
         };
         let budget = TimeBudget {
-            per_call: Duration::from_micros(settings.engine.policy_budget_us.into()),
+            per_step: Duration::from_micros(settings.engine.policy_budget_us.into()),
             overruns: settings.engine.policy_overruns,
         };
         Ok(Core {
@@ -135,9 +139,11 @@ impl Core {
             index: HashMap::new(),
             free_slots: (0..settings.engine.max_sessions).rev().collect(),
             flights: VecDeque::new(),
+            spare_flights: Vec::new(),
             step: 0,
             step_time: StepTimeFit::default(),
             last_step: StepOutcome::default(),
+            last_finished_s: 0.0,
             events: Vec::new(),
             decisions: DecisionBuffer::default(),
             chunks: ChunkBuffer::default(),
@@ -172,7 +178,7 @@ impl Core {
     }
 
     /// Takes the choices of one request in. The first computes the prompt; the others share it.
-    pub(crate) fn add(&mut self, arrivals: Vec<Arrival>) {
+    pub fn add(&mut self, arrivals: Vec<Arrival>) {
         let now_s = self.clock.now_s();
         if let Some(refusal) = self.refusal(arrivals.len()) {
             for arrival in arrivals {
@@ -288,21 +294,19 @@ impl Core {
     /// Ends the session at `index`: tells its owner, and releases what it holds once no step uses it.
     fn end(&mut self, index: usize, reason: FinishReason) {
         let mut session = self.sessions.remove(index);
-        self.views.remove(index);
+        let view = self.views.remove(index);
         self.index.remove(&session.id);
         for (at, later) in self.sessions.iter().enumerate().skip(index) {
             self.index.insert(later.id, at);
         }
-        self.release_pages(&mut session);
+        self.cancel_copies(&session.tables);
+        let mut freed = Vec::new();
+        self.kv.take_all(&mut session.tables, &mut freed);
+        self.retire(freed, session.last_step);
         if let Some(slot) = session.slot {
             self.release_slot(slot, session.last_step);
         }
-        for (follower, view) in self.sessions.iter_mut().zip(&mut self.views) {
-            if follower.leader == Some(session.id) {
-                follower.leader = None;
-                view.set_state(SessionState::Waiting);
-            }
-        }
+        self.free_followers(session.id, view.computed_tokens >= view.prompt_tokens);
         let kind = match &reason {
             FinishReason::Stop(_) | FinishReason::Length => EventKind::Finished,
             _ => EventKind::Aborted,
@@ -310,18 +314,37 @@ impl Core {
         self.note(kind, &session, self.clock.now_s());
         self.stats.count_end(&reason);
         session.usage.generated_tokens = session.output.len() as u32;
-        let text = session.text.as_mut().map_or(String::new(), |text| text.finish());
+        let text = session.finish_text();
         tracing::debug!(session = %session.id, generated = session.usage.generated_tokens, ?reason, "the session ended");
         // An owner who is gone doesn't mind.
         let _ = session.events.send(Event::Finished(Finished { reason, text, usage: session.usage }));
     }
 
+    /// Lets the sessions that wait for the prompt of `leader`, which ended, go on: each for itself if the
+    /// prompt is computed and so in the prefix cache, else behind the first of them.
+    fn free_followers(&mut self, leader: SessionId, computed: bool) {
+        let mut next = None;
+        for (follower, view) in self.sessions.iter_mut().zip(&mut self.views) {
+            if follower.leader == Some(leader) {
+                follower.leader = next;
+                if next.is_none() {
+                    view.set_state(SessionState::Waiting);
+                    next = (!computed).then_some(follower.id);
+                }
+            }
+        }
+    }
+
     /// Takes a session's pages away; it computes them again when it runs next.
     fn preempt(&mut self, index: usize) {
-        let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
-        if view.pages_held == 0 {
+        if self.views[index].pages_held == 0 {
             return;
         }
+        if self.sessions[index].slot.is_none() {
+            self.detach(index);
+            return;
+        }
+        let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
         let mut freed = Vec::new();
         self.kv.take_all(&mut session.tables, &mut freed);
         let last_step = session.last_step;
@@ -331,9 +354,9 @@ impl Core {
         session.published_pages = 0;
         session.usage.preemptions += 1;
         view.preemptions += 1;
-        view.tokens_lost += view.computed_tokens;
+        view.tokens_lost += view.scheduled_tokens;
         self.stats.preemptions += 1;
-        self.stats.tokens_lost += u64::from(view.computed_tokens);
+        self.stats.tokens_lost += u64::from(view.scheduled_tokens);
         view.computed_tokens = 0;
         view.scheduled_tokens = 0;
         view.pages_held = 0;
@@ -348,10 +371,45 @@ impl Core {
         }
     }
 
-    fn release_pages(&mut self, session: &mut Session) {
+    /// Takes pages away that a session shares with others and no step has used for it yet.
+    fn detach(&mut self, index: usize) {
+        let mut tables = std::mem::take(&mut self.sessions[index].tables);
+        self.cancel_copies(&tables);
         let mut freed = Vec::new();
-        self.kv.take_all(&mut session.tables, &mut freed);
-        self.retire(freed, session.last_step);
+        self.kv.take_all(&mut tables, &mut freed);
+        // A copy into one of them may be in flight; the flight holds the page until then.
+        self.kv.release(&freed);
+        let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
+        session.tables = tables;
+        session.published_pages = 0;
+        view.scheduled_tokens = 0;
+        view.computed_tokens = 0;
+        view.pages_held = 0;
+        view.pages_shared = 0;
+        view.set_state(if view.has_run() { SessionState::Preempted } else { SessionState::Waiting });
+    }
+
+    /// Drops the planned copies into pages of `tables`, which are about to be released.
+    fn cancel_copies(&mut self, tables: &[GroupTable]) {
+        let kv = &mut self.kv;
+        self.planned.copies.retain(|&(group, from, to)| {
+            let cancelled = tables[group as usize].pages.contains(&to);
+            if cancelled {
+                kv.release(&[(group, from), (group, to)]);
+            }
+            !cancelled
+        });
+    }
+
+    /// Releases the pages of copies that were not or perhaps not made; who relies on them computes again.
+    fn lose_copies(&mut self, copies: &[(u32, u32, u32)]) {
+        for &(group, from, to) in copies {
+            let owner = self.sessions.iter().position(|session| session.tables[group as usize].pages.contains(&to));
+            if let Some(owner) = owner {
+                self.preempt(owner);
+            }
+            self.kv.release(&[(group, from), (group, to)]);
+        }
     }
 
     /// Releases pages once step `last_step` was waited for.
@@ -402,11 +460,12 @@ impl Core {
         replaced
     }
 
-    /// Ends every session with `error`; the engine refuses new ones from now on.
+    /// Ends every session with `error`; the engine refuses new ones from now on. Steps in flight are still waited for.
     fn fail_all(&mut self, error: Error) {
         tracing::error!(error = error.message(), sessions = self.sessions.len(), "the engine can't go on");
         self.broken = Some(error.clone());
-        self.flights.clear();
+        self.planned.clear();
+        self.chunks.fill(0, |_| ());
         while !self.sessions.is_empty() {
             self.end(self.sessions.len() - 1, FinishReason::Failed(error.clone()));
         }
@@ -422,11 +481,16 @@ impl Core {
             .unwrap_or_else(|payload| Err(Error::new(ErrorKind::Panicked, panic_message(payload))));
         self.stats.backend_s += started.elapsed().as_secs_f64();
         if matches!(&result, Err(error) if error.kind() == ErrorKind::Panicked) {
-            std::mem::forget(self.executable.take());
-            // What its memory refers to must stay as well.
-            self._keep_alive.drain(..).for_each(std::mem::forget);
+            self.forget_backend();
         }
         result
+    }
+
+    /// Puts a backend that panicked where nothing calls or drops it.
+    fn forget_backend(&mut self) {
+        std::mem::forget(self.executable.take());
+        // What its memory refers to must stay as well.
+        self._keep_alive.drain(..).for_each(std::mem::forget);
     }
 
     fn trace(&mut self, trace: impl FnOnce(&Core) -> StepTrace) {
@@ -437,18 +501,18 @@ impl Core {
     }
 
     fn observe_events(&mut self) {
-        if self.events.is_empty() {
-            return;
-        }
-        let events = std::mem::take(&mut self.events);
-        let observed = self.scheduler.call(|scheduler| {
-            scheduler.observe(Rows::new(&events));
-            Ok(())
-        });
-        self.events = events;
-        self.events.clear();
-        if let Err(error) = observed {
-            self.scheduler_fault(&error);
+        // A fallback that takes over has all live sessions to hear of.
+        while !self.events.is_empty() && self.broken.is_none() {
+            let events = std::mem::take(&mut self.events);
+            let observed = self.scheduler.call(self.step, |scheduler| {
+                scheduler.observe(Rows::new(&events));
+                Ok(())
+            });
+            self.events = events;
+            self.events.clear();
+            if let Err(error) = observed {
+                self.scheduler_fault(&error);
+            }
         }
     }
 
@@ -457,7 +521,12 @@ impl Core {
     /// # Panics
     /// Something doesn't hold.
     pub fn check_integrity(&self) {
-        self.kv.check_integrity();
+        let tables = self.sessions.iter().flat_map(|session| session.tables.iter().zip(0..));
+        let tables = tables.flat_map(|(table, group)| table.pages.iter().map(move |&page| (group, page)));
+        let retired = self.flights.iter().flat_map(|flight| flight.retired_pages.iter().copied());
+        let copies = self.planned.copies.iter().chain(self.flights.iter().flat_map(|flight| &flight.copies));
+        let copies = copies.flat_map(|&(group, from, to)| [(group, from), (group, to)]);
+        self.kv.check_integrity(tables.chain(retired).chain(copies));
         assert_eq!(self.sessions.len(), self.views.len());
         for (index, (session, view)) in self.sessions.iter().zip(&self.views).enumerate() {
             assert_eq!(self.index.get(&session.id), Some(&index));
@@ -475,7 +544,8 @@ impl Core {
 
 impl Drop for Core {
     fn drop(&mut self) {
-        while !self.flights.is_empty() && self.executable.is_some() && self.broken.is_none() {
+        // On the way out of a panic the state may be anything, and a second panic would end the process.
+        while !self.flights.is_empty() && !std::thread::panicking() {
             self.wait_oldest();
         }
         let executable = self.executable.take();

@@ -31,15 +31,28 @@ pub(super) struct PlannedRow {
     pub tokens: u32,
 }
 
+impl Plan {
+    /// Forgets everything but the copies.
+    pub fn clear(&mut self) {
+        self.rows.clear();
+        self.ready.clear();
+        self.rejected.clear();
+        self.preempted.clear();
+    }
+}
+
 impl Core {
     /// Fills `self.planned`; returns when to plan again if nothing else happens.
     pub(super) fn plan(&mut self) -> f64 {
-        self.planned.rows.clear();
+        self.planned.clear();
         if self.broken.is_some() || self.flights.len() >= self.info.max_in_flight as usize {
             return f64::INFINITY;
         }
         self.step += 1;
         self.observe_events();
+        if self.broken.is_some() {
+            return f64::INFINITY;
+        }
         self.fork_followers();
         self.probe_prefixes();
         let mut wake_at_s = self.schedule();
@@ -62,6 +75,9 @@ impl Core {
                         return f64::INFINITY;
                     }
                     self.observe_events();
+                    if self.broken.is_some() {
+                        return f64::INFINITY;
+                    }
                 }
             }
         }
@@ -78,7 +94,9 @@ impl Core {
             (&self.last_step, self.step_time.model()),
         );
         let (scheduler, decisions) = (&mut self.scheduler, &mut self.decisions);
-        decisions.fill(self.views.len(), |decisions| scheduler.call(|scheduler| scheduler.schedule(&view, decisions)))
+        let step = self.step;
+        decisions
+            .fill(self.views.len(), |decisions| scheduler.call(step, |scheduler| scheduler.schedule(&view, decisions)))
     }
 
     fn budgets(&self) -> Budgets {
@@ -174,13 +192,9 @@ impl Core {
     /// Pages of the session's prefix that the cache holds; at least one token stays to be computed.
     fn usable_prefix(&mut self, index: usize) -> u32 {
         let session = &mut self.sessions[index];
-        if session.needs_whole_prompt() {
-            return 0;
-        }
         let page_tokens = self.kv.page_tokens() as usize;
-        let known = session.request.prompt.len() + session.output.len();
+        let most = session.cacheable_tokens() / page_tokens;
         let keys = session.keys.extend(&session.request.prompt, &session.output, page_tokens);
-        let most = (known - 1) / page_tokens;
         self.kv.probe(&keys[..most.min(keys.len())])
     }
 
@@ -212,19 +226,12 @@ impl Core {
 
     /// Gives pages back that a session was lent and didn't get to use.
     fn detach_unused(&mut self) {
-        for &index in &self.planned.ready {
-            let index = index as usize;
-            let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
+        for position in 0..self.planned.ready.len() {
+            let index = self.planned.ready[position];
+            let view = &self.views[index as usize];
             let waits = matches!(view.state(), SessionState::Waiting | SessionState::Preempted);
             if waits && view.pages_held > 0 {
-                let mut freed = Vec::new();
-                self.kv.take_all(&mut session.tables, &mut freed);
-                self.kv.release(&freed);
-                session.published_pages = 0;
-                view.scheduled_tokens = 0;
-                view.computed_tokens = 0;
-                view.pages_held = 0;
-                view.pages_shared = 0;
+                self.detach(index as usize);
             }
         }
     }
@@ -265,7 +272,9 @@ impl Core {
             (&self.last_step, self.step_time.model()),
         );
         let (batcher, chunks) = (&mut self.batcher, &mut self.chunks);
-        chunks.fill(ready.len(), |chunks| batcher.call(|batcher| batcher.batch(&view, Column::new(ready), chunks)))
+        let step = self.step;
+        chunks
+            .fill(ready.len(), |chunks| batcher.call(step, |batcher| batcher.batch(&view, Column::new(ready), chunks)))
     }
 
     fn check_chunks(&mut self, ready: &[u32]) -> Result<()> {
@@ -344,8 +353,16 @@ impl Core {
                             break;
                         }
                     }
-                    None if self.preempt_idle(&order, index) => {}
                     None => {
+                        if let Some(idle) = self.idle_holder(&order, index) {
+                            // Whoever is in flight without being in the order is about to end, or to pause.
+                            if self.views[idle].steps_in_flight > 0 {
+                                granted = 0;
+                                break;
+                            }
+                            self.preempt(idle);
+                            continue;
+                        }
                         granted = self.kv.reach(&self.sessions[index].tables).saturating_sub(start).min(granted);
                         if granted == 0 || !self.kv.grow(&mut self.sessions[index].tables, start + granted) {
                             granted = 0;
@@ -363,12 +380,13 @@ impl Core {
         self.builder.chunk_of = tokens_of;
     }
 
-    /// Preempts a session that holds pages and isn't in the order at all. Says whether there was one.
-    fn preempt_idle(&mut self, order: &[u32], needy: usize) -> bool {
-        let idle = (0..self.views.len())
-            .rev()
-            .find(|&index| index != needy && self.views[index].pages_held > 0 && !order.contains(&(index as u32)));
-        idle.map(|index| self.preempt(index)).is_some()
+    /// The session to preempt next among those that hold pages and aren't in the order at all: one that no
+    /// step uses, the last to arrive.
+    fn idle_holder(&self, order: &[u32], needy: usize) -> Option<usize> {
+        let holds =
+            |&index: &usize| index != needy && self.views[index].pages_held > 0 && !order.contains(&(index as u32));
+        let holders = (0..self.views.len()).rev().filter(holds);
+        holders.min_by_key(|&index| self.views[index].steps_in_flight > 0)
     }
 
     /// Puts a chunk into the plan.
@@ -380,10 +398,9 @@ impl Core {
         }
         if !view.has_run() {
             view.first_run_s = self.clock.now_s();
-            session.usage.cached_tokens = view.cached_tokens.min(view.prompt_tokens);
+            session.usage.cached_tokens = view.scheduled_tokens.min(view.prompt_tokens);
             self.stats.queue_s += view.first_run_s - view.arrival_s;
             self.stats.started += 1;
-            self.stats.prefix_hit_tokens += u64::from(session.usage.cached_tokens);
         }
         (view.pages_held, view.pages_shared) = self.kv.count(&session.tables);
         let decoding = view.scheduled_tokens + tokens >= view.len_tokens && view.generated_tokens > 0;
@@ -405,11 +422,11 @@ impl Core {
             // The last token is computed again, by each for itself, since its logits are wanted.
             let shared = prompt - 1;
             let pages = shared / self.kv.page_tokens();
-            if shared == 0 || self.sessions[index].needs_whole_prompt() || self.free_slots.is_empty() {
+            if shared == 0 || self.sessions[index].cacheable_tokens() < shared as usize || self.free_slots.is_empty() {
                 continue;
             }
             let mut tables = std::mem::take(&mut self.sessions[index].tables);
-            if let Some(copies) = self.kv.fork(&self.sessions[leader].tables, &mut tables, pages) {
+            if let Some(copies) = self.kv.fork(&self.sessions[leader].tables, &mut tables, shared) {
                 // A page that holds nothing of the shared tokens needn't be copied.
                 let partial = !shared.is_multiple_of(self.kv.page_tokens());
                 for copy in copies.into_iter().filter(|_| partial) {

@@ -1,12 +1,11 @@
 //! Writes the plan down as a step and submits it.
 
+use setu_core::ErrorKind;
 use setu_core::backend::{Carry, PageCopy, PageTables, SlotOpen, Step, Want};
 use setu_core::rows::Rows;
-use setu_core::view::StepWork;
 
 use super::Core;
 use super::flight::{Flight, FlightRow, FlightWant, WantKind};
-use crate::request::FinishReason;
 use crate::trace::StepTrace;
 
 /// The columns of a step. Kept between steps for their memory.
@@ -89,6 +88,9 @@ impl Core {
         let result = super::submit_caught(executable, &step);
         self.stats.backend_s += started.elapsed().as_secs_f64();
         drop((opened, tables));
+        if matches!(&result, Err(error) if error.kind() == ErrorKind::Panicked) {
+            self.forget_backend();
+        }
         match result {
             Ok(ticket) => {
                 flight.ticket = ticket;
@@ -100,14 +102,9 @@ impl Core {
                 if super::is_fatal(&error) {
                     self.backend_lost(error);
                 } else {
-                    self.release_copies(&mut flight);
-                    self.kv.release(&flight.retired_pages);
-                    let ids: Vec<_> = flight.rows.iter().map(|row| row.session).collect();
-                    for id in ids {
-                        if let Some(&index) = self.index.get(&id) {
-                            self.end(index, FinishReason::Failed(error.clone()));
-                        }
-                    }
+                    let copies = std::mem::take(&mut self.planned.copies);
+                    self.lose_copies(&copies);
+                    self.end_rows(&flight, &error);
                 }
                 false
             }
@@ -118,18 +115,9 @@ impl Core {
     fn write_step(&mut self) -> Flight {
         let builder = &mut self.builder;
         builder.clear(self.kv.groups());
-        let mut flight = Flight {
-            number: self.step,
-            ticket: setu_core::Ticket(0),
-            submitted_at: std::time::Instant::now(),
-            work: StepWork::default(),
-            predicted_s: 0.0,
-            rows: Vec::with_capacity(self.planned.rows.len()),
-            wants: Vec::with_capacity(self.planned.rows.len()),
-            top_stride: 0,
-            retired_pages: Vec::new(),
-            retired_slots: Vec::new(),
-        };
+        let mut flight = self.spare_flights.pop().unwrap_or_default();
+        flight.number = self.step;
+        flight.submitted_s = self.clock.now_s();
         for planned in &self.planned.rows {
             let (session, view) = (&self.sessions[planned.session], &self.views[planned.session]);
             let row = flight.rows.len() as u32;
@@ -152,9 +140,10 @@ impl Core {
                     want.target = session.prompt()[position as usize + 1];
                     want.top = top;
                     builder.wants.push(want);
-                    flight.wants.push(FlightWant { row, kind: WantKind::Prompt(position + 1), top });
+                    flight.wants.push(FlightWant { kind: WantKind::Prompt(position + 1), top });
                 }
             }
+            let mut sample_want = None;
             if end == view.len_tokens && !session.request.prompt_only {
                 let mut flags = Want::SAMPLE;
                 if params.logprobs.is_some() {
@@ -163,7 +152,8 @@ impl Core {
                 let mut want = Want::new(row, planned.tokens - 1, flags);
                 want.top = params.logprobs.unwrap_or(0);
                 builder.wants.push(want);
-                flight.wants.push(FlightWant { row, kind: WantKind::Sample, top: want.top });
+                sample_want = Some(flight.wants.len() as u32);
+                flight.wants.push(FlightWant { kind: WantKind::Sample, top: want.top });
             }
             builder.row_offsets.push(builder.tokens.len() as u32);
             builder.positions.push(start);
@@ -175,8 +165,16 @@ impl Core {
             }
             flight.work.add_chunk(planned.tokens, start);
             let prompt_tokens = end.min(view.prompt_tokens).saturating_sub(start);
-            let row = FlightRow { session: session.id, epoch: session.epoch, tokens: planned.tokens, prompt_tokens };
-            flight.rows.push(row);
+            flight.rows.push(FlightRow {
+                session: session.id,
+                epoch: session.epoch,
+                tokens: planned.tokens,
+                prompt_tokens,
+                // A session loses its slot with its pages, so this is its first row since it has them.
+                cached_tokens: if session.slot_open { 0 } else { start },
+                sample_want,
+                wants_end: flight.wants.len() as u32,
+            });
         }
         for &(group, from, to) in &self.planned.copies {
             builder.copies.push(PageCopy::new(group, from, to));
@@ -188,15 +186,15 @@ impl Core {
 
     /// Takes note of a step that was submitted.
     fn account(&mut self, mut flight: Flight) {
-        self.release_copies(&mut flight);
-        for (planned, want_row) in self.planned.rows.iter().zip(0u32..) {
+        flight.copies.append(&mut self.planned.copies);
+        for (planned, row) in self.planned.rows.iter().zip(&flight.rows) {
             let (session, view) = (&mut self.sessions[planned.session], &mut self.views[planned.session]);
             session.slot_open = true;
             session.last_step = flight.number;
             view.scheduled_tokens += planned.tokens;
             view.steps_in_flight += 1;
-            let sample = |want: &FlightWant| want.row == want_row && want.kind == WantKind::Sample;
-            session.carried_want = flight.wants.iter().position(sample).map(|want| want as u32);
+            self.stats.prefix_hit_tokens += u64::from(row.cached_tokens);
+            session.carried_want = row.sample_want;
             if session.carried_want.is_some() {
                 session.samples_in_flight += 1;
                 // The token that ends the answer by its length is never computed.
@@ -210,13 +208,6 @@ impl Core {
         self.stats.decode_tokens += u64::from(flight.work.decodes);
         self.trace(|core| StepTrace::submitted(core.clock.now_s(), &flight_summary(core, &flight), &core.decisions));
         self.flights.push_back(flight);
-    }
-
-    /// Hands the pages of the planned copies to the flight that carries them out.
-    fn release_copies(&mut self, flight: &mut Flight) {
-        for (group, from, to) in self.planned.copies.drain(..) {
-            flight.retired_pages.extend([(group, from), (group, to)]);
-        }
     }
 
     /// What a session's slot is to know, in columns.

@@ -56,8 +56,14 @@ impl KvStore {
 
     /// Longest session that fits if it is alone, in tokens.
     pub fn capacity_tokens(&self) -> u32 {
-        let full = self.groups.iter().filter(|group| group.window.is_none());
-        full.map(|group| group.pool.total().saturating_mul(self.page_tokens)).min().unwrap_or(u32::MAX)
+        let capacity = |group: &Group| {
+            // What a window reaches back, wherever it begins within a page, and the token itself.
+            let enough =
+                group.window.map_or(u32::MAX, |window| window.saturating_sub(1).div_ceil(self.page_tokens) + 1);
+            let pages = group.pool.total();
+            if pages >= enough { u32::MAX } else { pages.saturating_mul(self.page_tokens) }
+        };
+        self.groups.iter().map(capacity).min().unwrap_or(u32::MAX)
     }
 
     /// Empty tables for a new session.
@@ -136,13 +142,18 @@ impl KvStore {
         }
     }
 
-    /// Shares the first `pages` pages of `from` into empty tables and gives each group one page more.
-    /// Returns (group, from, to) for each copy that makes the last page of `from` private, or `None`,
-    /// with nothing changed, where pages don't reach.
-    pub fn fork(&mut self, from: &[GroupTable], to: &mut [GroupTable], pages: u32) -> Option<Vec<(u32, u32, u32)>> {
-        if self.groups.iter().any(|group| group.pool.available() == 0) {
+    /// Shares the full pages of the first `tokens` tokens of `from` into empty tables and gives each group one
+    /// page more. Returns (group, from, to) for each copy that makes the page of the last of them private, or
+    /// `None`, with nothing changed, where pages don't reach or a window of `from` has passed what is needed.
+    pub fn fork(&mut self, from: &[GroupTable], to: &mut [GroupTable], tokens: u32) -> Option<Vec<(u32, u32, u32)>> {
+        let page_tokens = self.page_tokens;
+        let mut groups = self.groups.iter().zip(from);
+        if groups
+            .any(|(group, from)| group.pool.available() == 0 || from.skipped > group.first_reached(tokens, page_tokens))
+        {
             return None;
         }
+        let pages = tokens / page_tokens;
         let mut copies = Vec::new();
         for (index, (group, (from, to))) in self.groups.iter_mut().zip(from.iter().zip(to)).enumerate() {
             to.skipped = from.skipped;
@@ -224,12 +235,20 @@ impl KvStore {
         totals.fold((0, 0), |sum, group| (sum.0 + group.0, sum.1 + group.1))
     }
 
-    /// See [`PagePool::check_integrity`].
+    /// Checks every pool against itself, see [`PagePool::check_integrity`], and against `held`: every
+    /// reference that anybody holds, as (group, page).
     ///
     /// # Panics
-    /// A pool is inconsistent. For tests.
-    pub fn check_integrity(&self) {
-        self.groups.iter().for_each(|group| group.pool.check_integrity());
+    /// A pool is inconsistent, or counts other references. For tests.
+    pub fn check_integrity(&self, held: impl Iterator<Item = (u32, u32)>) {
+        let mut refs: Vec<Vec<u32>> = self.groups.iter().map(|group| vec![0; group.pool.total() as usize]).collect();
+        held.for_each(|(group, page)| refs[group as usize][page as usize] += 1);
+        for (group, refs) in self.groups.iter().zip(refs) {
+            group.pool.check_integrity();
+            for (page, refs) in (0..).zip(refs) {
+                assert_eq!(group.pool.refs(page), refs, "references to page {page}");
+            }
+        }
     }
 }
 

@@ -161,8 +161,8 @@ impl Uses {
             for (index, this) in uses.iter().enumerate() {
                 let clash = others.iter().enumerate().any(|(other_index, other)| {
                     let itself = same && index == other_index;
-                    // A step may copy a page and go on in the copy: copies come first.
-                    let copied = same && (this.row == usize::MAX || other.row == usize::MAX);
+                    // A step may go on in a copy that it makes itself, since copies come first, or that one before it makes.
+                    let copied = same && this.row == usize::MAX || other.row == usize::MAX;
                     !itself && !copied && this.written_from < this.end && this.written_from < other.end
                 });
                 if clash {

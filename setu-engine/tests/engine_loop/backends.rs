@@ -1,0 +1,250 @@
+//! Backends that fail: whom it hits, what it is told, and what goes on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepOutputs};
+use setu_core::ids::Ticket;
+use setu_core::rows::Rows;
+use setu_core::scheduler::{Decisions, Scheduler};
+use setu_core::view::StepView;
+use setu_core::{Error, ErrorKind, Result};
+use setu_engine::FinishReason;
+use setu_engine::core::Turn;
+use setu_testkit::rng::Rng;
+
+use crate::rig::{Ask, Rig, Setup, VOCAB, full};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Failure {
+    Submit(ErrorKind),
+    SubmitPanics,
+    Wait(ErrorKind),
+    WaitPanics,
+    /// Its step's first token becomes this.
+    Token(u32),
+}
+
+/// When a step is to fail.
+type Hit = fn(&Step<'_>, u32) -> bool;
+
+/// A plain executable, one of whose steps fails.
+struct Failing {
+    inner: Box<dyn Executable>,
+    failure: Failure,
+    hit: Hit,
+    submitted: u32,
+    /// The step that fails when it is waited for.
+    doomed: Option<Ticket>,
+    drops: Arc<AtomicU32>,
+}
+
+impl Executable for Failing {
+    fn info(&self) -> ExecutableInfo {
+        self.inner.info()
+    }
+
+    fn submit(&mut self, step: &Step<'_>) -> Result<Ticket> {
+        self.submitted += 1;
+        if self.doomed.is_some() || !(self.hit)(step, self.submitted) {
+            return self.inner.submit(step);
+        }
+        self.doomed = Some(Ticket(u64::MAX));
+        match self.failure {
+            Failure::Submit(kind) => Err(Error::new(kind, "no room for the step")),
+            Failure::SubmitPanics => panic!("index out of bounds"),
+            Failure::Wait(_) | Failure::WaitPanics => {
+                // A step that fails may not have copied anything.
+                let mut step = *step;
+                step.copies = Rows::default();
+                let ticket = self.inner.submit(&step)?;
+                self.doomed = Some(ticket);
+                Ok(ticket)
+            }
+            Failure::Token(_) => {
+                let ticket = self.inner.submit(step)?;
+                self.doomed = Some(ticket);
+                Ok(ticket)
+            }
+        }
+    }
+
+    fn provide(&mut self, ticket: Ticket, masks: &Masks<'_>) -> Result<()> {
+        self.inner.provide(ticket, masks)
+    }
+
+    fn wait(&mut self, ticket: Ticket, outputs: &mut StepOutputs<'_>) -> Result<()> {
+        let result = self.inner.wait(ticket, outputs);
+        if self.doomed != Some(ticket) {
+            return result;
+        }
+        match self.failure {
+            Failure::Wait(kind) => Err(Error::new(kind, "the step came to nothing")),
+            Failure::WaitPanics => panic!("index out of bounds"),
+            Failure::Token(token) => {
+                outputs.tokens[0] = token;
+                result
+            }
+            _ => result,
+        }
+    }
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        self.drops.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+fn failing(setup: &Setup, failure: Failure, hit: Hit) -> (Rig, Arc<AtomicU32>) {
+    let drops = Arc::new(AtomicU32::new(0));
+    let mut parts = setup.parts(&full());
+    let inner = parts.executable;
+    parts.executable = Box::new(Failing { inner, failure, hit, submitted: 0, doomed: None, drops: drops.clone() });
+    (Rig::of(&full(), setup, parts), drops)
+}
+
+fn ask(seed: u64) -> Ask {
+    let ask = Ask::new(&Rng::new(seed).tokens(9 + seed as usize, VOCAB), 8).sampled(seed);
+    ask.with(|params| params.ignore_eos = true)
+}
+
+#[test]
+fn a_step_that_fails_ends_its_sessions_and_the_engine_goes_on() {
+    for failure in [Failure::Submit(ErrorKind::Exhausted), Failure::Wait(ErrorKind::Internal)] {
+        for (steps_in_flight, prefix_cache) in [(1, true), (2, false), (2, true)] {
+            for hit in [(|_, number| number == 1) as Hit, |_, number| number == 2, |_, number| number == 7] {
+                let setup = Setup { steps_in_flight, prefix_cache, chunk: 4, ..Setup::default() };
+                let (mut rig, drops) = failing(&setup, failure, hit);
+                let ids: Vec<_> = (0..3).map(|seed| rig.add(&ask(seed))[0]).collect();
+                rig.run();
+                for (seed, &id) in (0..).zip(&ids) {
+                    let (answer, expected) = (rig.answer(id), rig.model.answer(&ask(seed)));
+                    let text = match failure {
+                        Failure::Submit(_) => "no room for the step",
+                        _ => "the step came to nothing",
+                    };
+                    assert!(matches!(answer.reason, FinishReason::Failed(error) if error.message() == text));
+                    assert!(expected.tokens.starts_with(&answer.tokens));
+                }
+                assert_eq!(rig.core.stats().failed, 3);
+                // The same prompts again: what the failed steps left behind must not be found.
+                for seed in 0..3 {
+                    let ids = rig.add(&ask(seed));
+                    rig.run();
+                    rig.check(&ask(seed), &ids, "after a failed step");
+                }
+                drop(rig);
+                assert_eq!(drops.load(Ordering::Acquire), 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_backend_that_is_lost_ends_everything() {
+    let fatal = [
+        (Failure::Submit(ErrorKind::Device), "no room for the step", 1),
+        (Failure::SubmitPanics, "panicked: index out of bounds", 0),
+        (Failure::Wait(ErrorKind::Device), "the step came to nothing", 1),
+        (Failure::WaitPanics, "panicked: index out of bounds", 0),
+    ];
+    for (failure, text, dropped) in fatal {
+        for hit in [(|_, number| number == 1) as Hit, |_, number| number == 2, |_, number| number == 6] {
+            let (mut rig, drops) = failing(&Setup { chunk: 4, ..Setup::default() }, failure, hit);
+            let mut ids: Vec<_> = (0..3).map(|seed| rig.add(&ask(seed))[0]).collect();
+            rig.run();
+            ids.push(rig.add(&ask(4))[0]);
+            for id in ids {
+                let FinishReason::Failed(error) = rig.answer(id).reason else { panic!("{failure:?}: not failed") };
+                assert_eq!(error.kind(), ErrorKind::Device);
+                assert_eq!(error.message(), format!("the backend failed: {text}"));
+            }
+            assert_eq!(rig.turn(), Turn::Idle { until_s: f64::INFINITY });
+            drop(rig);
+            assert_eq!(drops.load(Ordering::Acquire), dropped, "{failure:?}");
+        }
+    }
+}
+
+#[test]
+fn a_token_that_cannot_be_ends_its_session_alone() {
+    for (token, text) in [
+        (NO_TOKEN, "no token could be sampled: the model gave logits that are no numbers, or none is allowed"),
+        (VOCAB, "no token could be sampled: the backend sampled a token that doesn't exist"),
+        (u32::MAX - 1, "no token could be sampled: the backend sampled a token that doesn't exist"),
+    ] {
+        let (mut rig, _) = failing(&Setup::default(), Failure::Token(token), |_, number| number == 5);
+        let ids: Vec<_> = (0..3).map(|seed| rig.add(&ask(seed))).collect();
+        rig.run();
+        let FinishReason::Failed(error) = rig.answer(ids[0][0]).reason else { panic!("not failed") };
+        assert_eq!(error.message(), text);
+        for seed in 1..3 {
+            rig.check(&ask(seed as u64), &ids[seed], "beside a session without token");
+        }
+    }
+}
+
+/// Runs the first session alone most of the time, so that the other choices don't run in the step that copies for them.
+struct FirstAlone;
+
+impl Scheduler for FirstAlone {
+    fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
+        let most = if view.step % 5 != 0 { 1 } else { usize::MAX };
+        view.sessions.iter().take(most).for_each(|session| decisions.run(session.id));
+        Ok(())
+    }
+}
+
+#[test]
+fn choices_whose_page_copies_were_lost_compute_again() {
+    let copies: Hit = |step, _| !step.copies.is_empty();
+    for failure in [Failure::Submit(ErrorKind::Exhausted), Failure::Wait(ErrorKind::Internal)] {
+        for steps_in_flight in [1, 2] {
+            for prefix_cache in [false, true] {
+                let setup = Setup { steps_in_flight, prefix_cache, ..Setup::default() };
+                let (mut rig, _) = failing(&setup, failure, copies);
+                rig.core.swap_scheduler("first alone", Box::new(FirstAlone));
+                let ask = ask(5).with(|params| params.n = 4);
+                let ids = rig.add(&ask);
+                rig.run();
+                let mut failed = 0;
+                for (choice, &id) in (0..).zip(&ids) {
+                    let (answer, expected) = (rig.answer(id), rig.model.answer(&ask.choice(choice)));
+                    if matches!(answer.reason, FinishReason::Failed(_)) {
+                        failed += 1;
+                    } else {
+                        assert_eq!(answer, expected, "{failure:?}, {setup:?}");
+                    }
+                }
+                assert_eq!(failed, 1, "only the first choice was in the step that failed");
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_that_do_not_fit_are_refused() {
+    struct Odd(ExecutableInfo);
+    impl Executable for Odd {
+        fn info(&self) -> ExecutableInfo {
+            self.0.clone()
+        }
+        fn submit(&mut self, _: &Step<'_>) -> Result<Ticket> {
+            Err(Error::internal("never"))
+        }
+        fn provide(&mut self, _: Ticket, _: &Masks<'_>) -> Result<()> {
+            Err(Error::internal("never"))
+        }
+        fn wait(&mut self, _: Ticket, _: &mut StepOutputs<'_>) -> Result<()> {
+            Err(Error::internal("never"))
+        }
+    }
+    for (max_in_flight, kv_pages) in [(0, vec![4]), (1, vec![]), (1, vec![4, 4])] {
+        let mut parts = Setup::default().parts(&full());
+        parts.executable = Box::new(Odd(ExecutableInfo { max_in_flight, kv_pages, ..ExecutableInfo::default() }));
+        let settings = Setup::default().settings();
+        let error = setu_engine::core::Core::new(parts, settings, setu_engine::clock::Clock::real()).err().unwrap();
+        assert!(error.message().starts_with("the backend answers with "), "{error}");
+    }
+}

@@ -1,0 +1,10 @@
+//! The engine's loop over a plain f64 backend with two steps in flight, held to a direct evaluation.
+
+mod answers;
+mod backends;
+mod handle;
+mod pages;
+mod policies;
+mod rig;
+mod tokens;
+mod windows;
