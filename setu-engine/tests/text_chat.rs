@@ -183,15 +183,15 @@ fn templates_in_the_styles_of_the_families_render() {
             &[("system", "S"), ("user", "é")],
             "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n",
         ),
-        ("llama 2", LLAMA2, &two, "<s>[INST] Hi [/INST] Yes? </s><s>[INST] Go on [/INST]"),
+        ("llama 2", LLAMA2, &two, "<s>[INST] Hi [/INST]\n Yes? </s>\n<s>[INST] Go on [/INST]\n"),
         (
             "llama 2 with system",
             LLAMA2,
             &[("system", "S"), ("user", "Hi")],
-            "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]",
+            "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHi [/INST]\n",
         ),
         ("mistral", MISTRAL, &two, "<s>[INST]  Hi [/INST] Yes?</s>[INST] Go on[/INST]"),
-        ("phi 3", PHI3, &two[..2], "<|user|>\n Hi <|end|>\n<|assistant|>\nYes?<|end|>\n<|assistant|>\n"),
+        ("phi 3", PHI3, &two[..2], "<|user|>\n Hi <|end|>\n\n<|assistant|>\nYes?<|end|>\n\n<|assistant|>\n"),
         (
             "qwen",
             QWEN,
@@ -273,25 +273,46 @@ fn variables_and_switches_reach_the_template() {
     assert!(template(QWEN).render(&input).unwrap().ends_with("<|im_start|>assistant\n<think>\n\n</think>\n\n"));
     input.add_generation_prompt = false;
     assert!(template(QWEN).render(&input).unwrap().ends_with("a<|im_end|>\n"));
-    assert!(template(PHI3).render(&input).unwrap().ends_with("<|end|>\n</s>"));
+    assert!(template(PHI3).render(&input).unwrap().ends_with("<|end|>\n\n</s>"));
     input.variables = vec![("tools".to_owned(), json!([]).into())];
     let error = template(QWEN).render(&input).unwrap_err().to_string();
     assert_eq!(error, "the chat template's variable `tools` has a field of its own");
 }
 
 #[test]
-fn values_print_as_python_prints_them() {
-    let value: ChatValue = json!({"t": true, "n": null, "f": 1.0, "i": 3, "s": "x", "l": [1, "a", false]}).into();
+fn expressions_give_what_jinja_gives() {
+    let value: ChatValue =
+        serde_json::from_str(r#"{"t": true, "n": null, "f": 1.0, "i": 3, "s": "x", "l": [1, "a", false]}"#).unwrap();
     for (source, expected) in [
         ("{{ v.t }} {{ v.n }} {{ v.f }} {{ v.i }} {{ v.s }} {{ v.l }}", "True None 1.0 3 x [1, 'a', False]"),
         ("{{ v.t ~ v.s }}|{{ v.missing }}|{{ v.l[-1] }}", "Truex||False"),
+        (
+            "{{ v | items | list }}",
+            "[('t', True), ('n', None), ('f', 1.0), ('i', 3), ('s', 'x'), ('l', [1, 'a', False])]",
+        ),
+        ("{{ v.i / 2 }}{{ 7 // 2 }}{{ [1,2]+[3] }}{{ 'a' if v.n else 'b' }}", "1.53[1, 2, 3]b"),
+        ("{{ v.l | map('string') | join('-') }}{{ 'x' * 3 }}{{ 2 ** 3 }}", "1-a-Falsexxx8"),
+        ("{{ v.s.strip() + 'é' | upper }}{{ v.l | first }}{{ 'abc'[1:] }}{{ 'a-b'|replace('-','+') }}", "xÉ1bca+b"),
+        (
+            "{{ v | tojson }}{{ [] | tojson(indent=2) }}",
+            r#"{"t": true, "n": null, "f": 1.0, "i": 3, "s": "x", "l": [1, "a", false]}[]"#,
+        ),
+        ("{{ v.l | length > 2 and 'x' in v.s }}{{ dict(a=1) }}{{ namespace(a=1).a }}", "True{'a': 1}1"),
+        ("{%- set x -%}\n q {{ v.i }}\n{%- endset -%}[{{ x }}]", "[q 3]"),
+        ("{{ [v] | selectattr('s', 'equalto', 'x') | list | length }}{{ 'ab\ncd' | indent(2) }}", "1ab\n  cd"),
+        (
+            "{{ v['t'] is true }}{{ v.i is number }}{{ v.q is undefined }}{{ none is none }}{{ v is mapping }}",
+            "TrueTrueTrueTrueTrue",
+        ),
+        ("{% for k, x in {'a': 1, 'b': 2}.items() %}{{ k }}{{ x }}{{ ',' if not loop.last }}{% endfor %}", "a1,b2"),
+        ("{{ 'A'.lower() }}{{ 'a b'.title() }}{{ ' a '.rstrip() }}|{{ v.get('q', 'd') }}", "aA B a|d"),
+        ("{{ v.l | reverse | list }}{{ v.l[:2] }}{{ v.l[::-1] }}", "[False, 'a', 1][1, 'a'][False, 'a', 1]"),
+        ("{{ v.f | int }}{{ '3' | int + 1 }}{{ '%s-%d' | format('a', 3) }}{{ 'x,y'.split(',')[0] }}", "14a-3x"),
+        ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1) }}", "<1>"),
+        ("{% for x in v.l %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ x }}{% endfor %}", "1False"),
+        ("a\n  {% if v.t %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc"),
         ("{% generation %}{{ v.s }}{% endgeneration %}", "x"),
         ("a\n  {%- generation -%}\n {{ v.i }} {%- endgeneration %}\nb", "a3b"),
-        ("a\n  {% if v.t %}\n  b\n  {% endif %}\nc\n", "a\n  b\nc"),
-        ("{% for x in v.l %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ x }}{% endfor %}", "1False"),
-        ("{{ '%s-%d' % ('a', 3) }}{{ 'b'.upper() }}{{ 'x,y'.split(',')[0] }}", "a-3Bx"),
-        ("{{ none is none }}{{ v is mapping }}{{ v.get('q', 'd') }}", "TrueTrued"),
-        ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m(1) }}", "<1>"),
     ] {
         let mut input = ChatInput::new(Vec::new());
         input.variables = vec![("v".to_owned(), value.clone())];

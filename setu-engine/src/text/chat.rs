@@ -48,7 +48,7 @@ pub struct ChatInput {
 /// Steps that a template may take; one is also 64 bytes written. Rendering a megabyte takes a few ten thousand.
 const MAX_STEPS: u64 = 4_000_000;
 const MAX_TEMPLATE_BYTES: usize = 1 << 20;
-const MAX_OUTPUT_BYTES: usize = 64 << 20;
+const MAX_OUTPUT_BYTES: usize = 16 << 20;
 const MAX_RECURSION: usize = 100;
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
