@@ -41,6 +41,17 @@ fn find(bytes: &[u8], wanted: &[u8]) -> usize {
     bytes.windows(wanted.len()).position(|window| window == wanted).unwrap()
 }
 
+/// `bytes` with every `from` made `to`.
+fn replaced(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    let places: Vec<usize> = (0..bytes.len() - from.len()).filter(|&at| bytes[at..].starts_with(from)).collect();
+    assert!(!places.is_empty());
+    for at in places {
+        bytes[at..at + to.len()].copy_from_slice(to);
+    }
+    bytes
+}
+
 #[test]
 fn a_scheduler_from_outside_the_workspace_is_used() {
     let folder = plugin_folder([("lifo.so", extension("scheduler-lifo"))]);
@@ -231,38 +242,39 @@ fn files_that_are_no_plugins_are_refused_with_a_sentence() {
 }
 
 #[test]
+fn a_plugin_built_with_another_version_of_the_crate_but_not_of_the_boundary_is_loaded() {
+    let plugin = std::fs::read(extension("scheduler-lifo")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("it.so"), replaced(&plugin, b"setu-core;0.1.0", b"setu-core;7.8.9")).unwrap();
+    let (registries, report) = load(&[folder.path()], &[]);
+    assert_eq!(report.rejected, []);
+    assert!((registries.schedulers.get("lifo").unwrap().build)("{}").is_ok());
+}
+
+#[test]
 fn what_the_system_or_the_tables_refuse_is_no_crash_either() {
     let plugin = std::fs::read(extension("scheduler-lifo")).unwrap();
-    let replaced = |from: &[u8], to: &[u8]| {
-        let mut bytes = plugin.clone();
-        let mut seen = 0;
-        while let Some(at) = bytes.windows(from.len()).position(|window| window == from) {
-            bytes[at..at + to.len()].copy_from_slice(to);
-            seen += 1;
-        }
-        assert!(seen > 0);
-        bytes
-    };
     let mut other_symbol = plugin.clone();
     let at = description_at(&plugin);
     let at = at + find(&plugin[at..], b"setu_plugin_scheduler_lifo");
     other_symbol[at] = b'z';
     let cases = [
         (
-            replaced(b"libc.so.6", b"libx.so.6"),
+            replaced(&plugin, b"libc.so.6", b"libx.so.6"),
             RejectionKind::Unloadable,
             "the system's loader refuses it: libx.so.6: cannot open shared object file",
         ),
         (other_symbol, RejectionKind::Contract, "it has no symbol `zetu_plugin_scheduler_lifo`: report it"),
         (
-            replaced(b"abi stable library for Rust", b"abi stable library for rust"),
+            replaced(&plugin, b"abi stable library for Rust", b"abi stable library for rust"),
             RejectionKind::Contract,
             "its entry symbol is not the header of a plugin: report it to the authors of scheduler-lifo",
         ),
         (
-            replaced(b"build_batcher", b"build_butcher"),
+            replaced(&plugin, b"build_batcher", b"build_butcher"),
             RejectionKind::Contract,
-            "its tables are not laid out as this build expects: ",
+            "its tables are not laid out as this build expects: unexpected field, field_name:build_butcher in place of \
+             field_name:build_batcher: report it to the authors of scheduler-lifo",
         ),
         (
             std::fs::read(extension("panics-at-load")).unwrap(),

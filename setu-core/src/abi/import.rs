@@ -4,8 +4,11 @@ use std::cell::OnceCell;
 use std::path::Path;
 use std::sync::Arc;
 
-use abi_stable::library::{AbiHeader, AbiHeaderRef, LibraryError, RootModuleError};
+use abi_stable::StableAbi;
+use abi_stable::abi_stability::abi_checking::{AbiInstability, check_layout_compatibility};
+use abi_stable::library::{AbiHeaderRef, LibHeader, LibraryError, RootModuleError};
 use abi_stable::std_types::RSlice;
+use abi_stable::type_layout::TypeLayout;
 
 use super::backend::RemoteBackend;
 use super::batcher::RemoteBatcher;
@@ -38,13 +41,8 @@ impl Plugin {
     /// # Errors
     /// The header or the tables are not what this build expects, or the plugin fails as it starts.
     pub unsafe fn open(metadata: PluginMetadata, header: *const ()) -> Result<Plugin> {
-        let module = {
-            // SAFETY: the symbol is a static that begins with abi_stable's own mark, which never changes;
-            // `upgrade` checks it before it reads on.
-            let header: AbiHeaderRef = unsafe { header_at(header)? };
-            let header = header.upgrade().map_err(|error| refused(&error))?;
-            header.init_root_module::<ModuleRef>().map_err(|error| refused(&error))?
-        };
+        // SAFETY: as the caller promises.
+        let module = unsafe { module_of(header)? };
         let host = HostPtr::new(HostLog::services(&metadata.package));
         // SAFETY: the tables were checked, and the services are never freed.
         received(unsafe { module.start()(host) })?;
@@ -115,34 +113,47 @@ impl Plugin {
     }
 }
 
+/// The module that the header at this address leads to.
+///
 /// # Safety
 /// As for [`Plugin::open`].
-unsafe fn header_at(header: *const ()) -> Result<AbiHeaderRef> {
-    let misplaced = header.is_null() || header.addr() % align_of::<AbiHeader>() != 0;
-    if misplaced {
-        return Err(Error::contract("its entry symbol is not the header of a plugin"));
+unsafe fn module_of(header: *const ()) -> Result<ModuleRef> {
+    let misplaced = || Error::contract("its entry symbol is not the header of a plugin");
+    if header.is_null() || header.addr() % align_of::<LibHeader>() != 0 {
+        return Err(misplaced());
     }
-    // SAFETY: an AbiHeaderRef is transparent over the address of an AbiHeader.
-    Ok(unsafe { std::mem::transmute::<*const (), AbiHeaderRef>(header) })
+    // SAFETY: an AbiHeaderRef is transparent over the address of an AbiHeader, with which a header begins;
+    // `upgrade` checks its mark before it reads on.
+    let header: AbiHeaderRef = unsafe { std::mem::transmute(header) };
+    let header = header.upgrade().map_err(|error| match error {
+        LibraryError::InvalidAbiHeader(_) => misplaced(),
+        other => Error::contract(other.to_string().split_whitespace().collect::<Vec<_>>().join(" ")),
+    })?;
+    let theirs = header.layout().ok_or_else(|| Error::contract("it does not say how its tables are laid out"))?;
+    check_layout(theirs)?;
+    // SAFETY: the layout was just checked.
+    unsafe { header.unchecked_layout::<ModuleRef>() }.map_err(|error| match error {
+        RootModuleError::Unwound => Error::new(ErrorKind::Panicked, "it panicked while it was opened"),
+        RootModuleError::Returned(why) => Error::contract(why.to_string()),
+    })
 }
 
-/// abi_stable's error in a sentence; its own texts are pages long.
-fn refused(error: &LibraryError) -> Error {
-    match error {
-        LibraryError::InvalidAbiHeader(_) => Error::contract("its entry symbol is not the header of a plugin"),
-        LibraryError::RootModule { err: RootModuleError::Unwound, .. } => {
-            Error::new(ErrorKind::Panicked, "it panicked while it was opened")
-        }
-        LibraryError::AbiInstability(why) => {
-            let why = why.to_string();
-            let line = why.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no reason given");
-            Error::contract(format!("its tables are not laid out as this build expects: {line}"))
-        }
-        other => {
-            let text = other.to_string();
-            Error::contract(text.split_whitespace().collect::<Vec<_>>().join(" "))
-        }
-    }
+/// Compares a plugin's tables with those of this build, all that they refer to included.
+fn check_layout(theirs: &'static TypeLayout) -> Result<()> {
+    let Err(found) = check_layout_compatibility(<ModuleRef as StableAbi>::LAYOUT, theirs) else { return Ok(()) };
+    // The version of the crate that declares a type doesn't count: the boundary has its own.
+    let counts = |difference: &AbiInstability| !matches!(difference, AbiInstability::PackageVersion(_));
+    let Some(different) = found.errors.iter().find(|error| error.errs.iter().any(counts)) else { return Ok(()) };
+    // Pages of text, of which one line says what differs.
+    let text = different.to_string();
+    let line_behind = |mark: &str| {
+        let behind = text.split_once(mark).map_or("", |(_, behind)| behind);
+        behind.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or("unknown").to_owned()
+    };
+    let [what, expected, found] = ["\nError:", "\nExpected:\n", "\nFound:\n"].map(line_behind);
+    Err(Error::contract(format!(
+        "its tables are not laid out as this build expects: {what}, {found} in place of {expected}"
+    )))
 }
 
 /// What builds one component of a plugin.
