@@ -4,13 +4,14 @@
 //! [shapes=down,head] [tokens=1,32,512] [threads=1,2] [isa=avx512]`
 //!
 //! Each shape has copies beyond the size of caches, so that one token's product reads from memory as decode
-//! does. Figures are those of the best pass: GB/s of packed weights, and GOP/s (a product and a sum are two).
+//! does. Figures are those of the best pass, by the CPU time of its slowest thread, so that other processes disturb
+//! them little: GB/s of packed weights, and GOP/s (a product and a sum are two).
 //! `pack` is the speed of packing, in GB/s of the checkpoint's bytes, `quantize` that of preparing activations, in ns
 //! a token, both on one thread.
 
 use std::hint::black_box;
 use std::sync::Barrier;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use setu_backend_cpu::matmul::{Activations, Isa, Kernel, Output, PackedMatrix, Precision};
 use setu_core::DType;
@@ -62,10 +63,10 @@ fn main() {
             }
             let Some(raw) = random_weights(dtype, rows * cols) else { continue };
             let copies = (WORKING_SET / raw.len()).clamp(1, 200);
-            let start = Instant::now();
+            let start = cpu_nanoseconds();
             let weights: Vec<PackedMatrix> =
                 (0..copies).filter_map(|_| PackedMatrix::pack(dtype, cols, &[&raw]).ok()).collect();
-            let pack = 1e-9 * (raw.len() * copies) as f64 / start.elapsed().as_secs_f64();
+            let pack = (raw.len() * copies) as f64 / (cpu_nanoseconds() - start) as f64;
             println!("{dtype:6} pack {pack:.2}");
             for precision in [Precision::Int8, Precision::Int16, Precision::F32] {
                 let wanted = precisions.iter().any(|name| *name == format!("{precision:?}"));
@@ -119,35 +120,40 @@ fn quantize(isa: Isa, precision: Precision, cols: usize) -> f64 {
     let Ok(mut activations) = Activations::new(precision, 64, cols) else { return f64::NAN };
     let mut shortest = f64::INFINITY;
     for _ in 0..20 {
-        let start = Instant::now();
+        let start = cpu_nanoseconds();
         activations.quantize(isa, 0, black_box(&x));
-        shortest = shortest.min(start.elapsed().as_secs_f64());
+        shortest = shortest.min((cpu_nanoseconds() - start) as f64);
     }
-    1e9 * shortest / 64.0
+    shortest / 64.0
 }
 
 /// Billions of `items` a second, each thread calling `pass` once, in the best of `passes`.
 fn best(threads: usize, passes: usize, items: usize, pass: impl Fn(usize, usize) + Sync) -> f64 {
     let barrier = Barrier::new(threads);
-    let run = |thread: usize| {
-        let mut shortest = f64::INFINITY;
-        for index in 0..passes + 1 {
-            barrier.wait();
-            let start = Instant::now();
-            pass(thread, index);
-            barrier.wait();
-            if index > 0 {
-                shortest = shortest.min(start.elapsed().as_secs_f64());
-            }
-        }
-        1e-9 * items as f64 / shortest
-    };
+    let slowest: Vec<AtomicU64> = std::iter::repeat_with(AtomicU64::default).take(passes + 1).collect();
     std::thread::scope(|scope| {
-        for thread in 1..threads {
-            scope.spawn(move || run(thread));
+        for thread in 0..threads {
+            let (barrier, slowest, pass) = (&barrier, &slowest, &pass);
+            scope.spawn(move || {
+                for (index, slowest) in slowest.iter().enumerate() {
+                    barrier.wait();
+                    let start = cpu_nanoseconds();
+                    pass(thread, index);
+                    slowest.fetch_max(cpu_nanoseconds() - start, Ordering::Relaxed);
+                }
+            });
         }
-        run(0)
-    })
+    });
+    let shortest = slowest[1..].iter().map(|ns| ns.load(Ordering::Relaxed)).min().unwrap_or(0);
+    items as f64 / shortest as f64
+}
+
+/// CPU time of this thread.
+fn cpu_nanoseconds() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is writable.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
 }
 
 const READ_BYTES: usize = 256 << 20;

@@ -19,6 +19,11 @@ use super::memory::AlignedBytes;
 pub(super) const TILE: usize = 8;
 
 /// How activations enter the products.
+///
+/// On SmolLM2-135M in Q4_1, `Int8` for all inputs moves the log-probabilities of the reference's best tokens by
+/// 0.094 on average and perplexity by 0.44 %, `Int16` by 0.001. Most of it comes from the inputs of the attention
+/// and down projections and of the head: with `Int16` for these it is 0.048 and 0.13 %. One token's product
+/// costs the same with either, reading weights being slower; that of many takes 1.8 times as long with `Int16`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// Eight bits: 254 steps over the range of 32 values.
@@ -78,17 +83,8 @@ impl Activations {
             .bytes
             .checked_mul(cols.div_ceil(UNIT))
             .and_then(|tile| tile.checked_mul(tokens.div_ceil(TILE)))
-            .ok_or_else(|| {
-                Error::exhausted(format!(
-                    "activations of {tokens} tokens × {cols} are too large"
-                ))
-            })?;
-        Ok(Activations {
-            precision,
-            tokens,
-            cols,
-            bytes: AlignedBytes::zeroed(bytes)?,
-        })
+            .ok_or_else(|| Error::exhausted(format!("activations of {tokens} tokens × {cols} are too large")))?;
+        Ok(Activations { precision, tokens, cols, bytes: AlignedBytes::zeroed(bytes)? })
     }
 
     pub fn precision(&self) -> Precision {
@@ -123,15 +119,10 @@ impl Activations {
             token < self.tokens && first_col.is_multiple_of(UNIT) && end <= self.cols,
             "columns of these activations"
         );
-        assert!(
-            end.is_multiple_of(UNIT) || end == self.cols,
-            "a whole number of units"
-        );
+        assert!(end.is_multiple_of(UNIT) || end == self.cols, "a whole number of units");
         // SAFETY: token and columns were just checked, and the caller keeps others out.
         unsafe {
-            let to = self
-                .token(token)
-                .add(first_col / UNIT * self.precision.record().bytes);
+            let to = self.token(token).add(first_col / UNIT * self.precision.record().bytes);
             match isa.kind() {
                 Kind::Portable => write_row(self.precision, values, to),
                 #[cfg(target_arch = "x86_64")]
@@ -151,11 +142,7 @@ impl Activations {
             unsafe {
                 let unit = self.tile(token / TILE).add(col / UNIT * record.bytes);
                 let at = token % TILE * UNIT + col % UNIT;
-                let scale = unit
-                    .add(record.scales)
-                    .cast::<f32>()
-                    .add(token % TILE)
-                    .read_unaligned();
+                let scale = unit.add(record.scales).cast::<f32>().add(token % TILE).read_unaligned();
                 let high = i32::from(unit.cast::<i8>().add(at).read());
                 match self.precision {
                     Precision::Int8 => scale * high as f32,
@@ -176,16 +163,11 @@ impl Activations {
 
     /// The records of a tile; in bounds for tiles that have a token.
     pub(super) fn tile(&self, tile: usize) -> *mut u8 {
-        self.bytes
-            .as_ptr()
-            .wrapping_add(tile * self.cols.div_ceil(UNIT) * self.precision.record().bytes)
+        self.bytes.as_ptr().wrapping_add(tile * self.cols.div_ceil(UNIT) * self.precision.record().bytes)
     }
 
     fn token(&self, token: usize) -> Slot {
-        Slot {
-            unit: self.tile(token / TILE),
-            index: token % TILE,
-        }
+        Slot { unit: self.tile(token / TILE), index: token % TILE }
     }
 }
 
@@ -202,10 +184,7 @@ impl Slot {
     #[inline(always)]
     unsafe fn add(self, bytes: usize) -> Slot {
         // SAFETY: as the caller vouches.
-        Slot {
-            unit: unsafe { self.unit.add(bytes) },
-            ..self
-        }
+        Slot { unit: unsafe { self.unit.add(bytes) }, ..self }
     }
 
     /// # Safety
@@ -213,13 +192,7 @@ impl Slot {
     #[inline(always)]
     unsafe fn put<T>(self, at: usize, value: T) {
         // SAFETY: as the caller vouches.
-        unsafe {
-            self.unit
-                .add(at)
-                .cast::<T>()
-                .add(self.index)
-                .write_unaligned(value)
-        }
+        unsafe { self.unit.add(at).cast::<T>().add(self.index).write_unaligned(value) }
     }
 }
 
@@ -265,10 +238,7 @@ unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
                 Precision::Int16 => write_integers(unit, to, Precision::Int16.record(), MAX_INT16),
                 Precision::F32 => write_floats(unit, to),
             }
-            to = Slot {
-                unit: to.unit.wrapping_add(precision.record().bytes),
-                ..to
-            };
+            to = Slot { unit: to.unit.wrapping_add(precision.record().bytes), ..to };
         }
     }
 }
@@ -278,42 +248,31 @@ unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
 #[inline(always)]
 unsafe fn write_integers(values: &[f32; UNIT], to: Slot, record: Record, max: f32) {
     // Compared as integers, infinity and NaN are larger than all finite values.
-    let largest = values
-        .iter()
-        .map(|x| x.to_bits() & !(1 << 31))
-        .fold(0, u32::max);
+    let largest = values.iter().map(|x| x.to_bits() & !(1 << 31)).fold(0, u32::max);
     let largest = f32::from_bits(largest);
     let usable = (SMALLEST..=f32::MAX).contains(&largest);
     let inverse = if usable { max / largest } else { 0.0 };
     let scale = match usable {
-        true => largest / max,
+        true => largest * (1.0 / max),
         false if largest < SMALLEST => 0.0,
         false => f32::NAN,
     };
-    // Loops, because `map` over arrays as long as these isn't inlined.
+    // One loop over all, because the compiler makes vectors of it; `map` and shorter loops it takes apart.
     let mut integers = [0_i32; UNIT];
-    for (integer, x) in integers.iter_mut().zip(values) {
+    let (mut sum, mut second_sum) = (0_i32, 0_i32);
+    for (i, (integer, x)) in integers.iter_mut().zip(values).enumerate() {
         // Adding 1.5 × 2^23 leaves the integer, rounded to nearest, in the low bits.
         let shifted = x * inverse + 12_582_912.0;
         *integer = (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000);
+        sum = sum.wrapping_add(*integer);
+        second_sum = second_sum.wrapping_add(if i < UNIT / 2 { 0 } else { *integer });
     }
-    let mut sums = [0_i32; 2];
-    for (sum, half) in sums.iter_mut().zip(integers.as_chunks::<{ UNIT / 2 }>().0) {
-        *sum = half
-            .iter()
-            .fold(0, |sum, &integer| sum.wrapping_add(integer));
-    }
-    let sum = sums[0].wrapping_add(sums[1]);
     // SAFETY: as the caller vouches, these are the places of the record's parts.
     unsafe {
         let two_digits = record.scales != record.digit;
         let (mut high, mut low) = ([0_i8; UNIT], [0_i8; UNIT]);
         for ((high, low), integer) in high.iter_mut().zip(&mut low).zip(integers) {
-            let upper = if two_digits {
-                integer.wrapping_add(DIGIT / 2) >> DIGIT.trailing_zeros()
-            } else {
-                integer
-            };
+            let upper = if two_digits { integer.wrapping_add(DIGIT / 2) >> DIGIT.trailing_zeros() } else { integer };
             *high = upper as i8;
             *low = integer.wrapping_sub(upper.wrapping_mul(DIGIT)) as i8;
         }
@@ -323,7 +282,7 @@ unsafe fn write_integers(values: &[f32; UNIT], to: Slot, record: Record, max: f3
         }
         to.put(record.scales, scale);
         to.put(record.scaled_sums, scale * sum as f32);
-        for (i, sum) in [sums[0], sums[1], sum].into_iter().enumerate() {
+        for (i, sum) in [sum.wrapping_sub(second_sum), second_sum, sum].into_iter().enumerate() {
             to.put(record.sums + 4 * TILE * i, sum.wrapping_neg());
         }
     }
@@ -335,8 +294,7 @@ unsafe fn write_integers(values: &[f32; UNIT], to: Slot, record: Record, max: f3
 unsafe fn write_floats(values: &[f32; UNIT], to: Slot) {
     let record = Precision::F32.record();
     let sums = [&values[..UNIT / 2], &values[UNIT / 2..]].map(|half| {
-        let quarters: [f32; 4] =
-            std::array::from_fn(|i| (half[i] + half[4 + i]) + (half[8 + i] + half[12 + i]));
+        let quarters: [f32; 4] = std::array::from_fn(|i| (half[i] + half[4 + i]) + (half[8 + i] + half[12 + i]));
         (quarters[0] + quarters[1]) + (quarters[2] + quarters[3])
     });
     // SAFETY: as the caller vouches, these are the places of the record's parts.
@@ -344,10 +302,7 @@ unsafe fn write_floats(values: &[f32; UNIT], to: Slot) {
         to.put(0, *values);
         to.put(record.scales, 1.0_f32);
         to.put(record.scaled_sums, sums[0] + sums[1]);
-        for (i, sum) in [sums[0], sums[1], sums[0] + sums[1]]
-            .into_iter()
-            .enumerate()
-        {
+        for (i, sum) in [sums[0], sums[1], sums[0] + sums[1]].into_iter().enumerate() {
             to.put(record.sums + 4 * TILE * i, sum);
         }
     }

@@ -70,12 +70,7 @@ pub(super) const fn coding(dtype: DType) -> Option<Coding> {
         DType::Q6K => (6, false, 16, true),
         _ => return None,
     };
-    Some(Coding {
-        bits,
-        min,
-        group,
-        nested,
-    })
+    Some(Coding { bits, min, group, nested })
 }
 
 /// The content of one block. Formats with blocks of 32 use the first 8 quads and no integer scales.
@@ -95,13 +90,7 @@ pub(super) struct Block {
 
 impl Default for Block {
     fn default() -> Block {
-        Block {
-            quads: [0; 64],
-            scale: 0,
-            min: 0,
-            scales: [0; 16],
-            mins: [0; 16],
-        }
+        Block { quads: [0; 64], scale: 0, min: 0, scales: [0; 16], mins: [0; 16] }
     }
 }
 
@@ -114,15 +103,10 @@ impl Block {
     /// Takes `bytes`, one block of a quantized format, apart.
     pub(super) fn read(&mut self, dtype: DType, bytes: &[u8]) -> Result<()> {
         if bytes.len() != dtype.block_bytes() {
-            return Err(Error::internal(format!(
-                "a block of {dtype} is not {} bytes long",
-                bytes.len()
-            )));
+            return Err(Error::internal(format!("a block of {dtype} is not {} bytes long", bytes.len())));
         }
         let half = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
-        let word = |at: usize| {
-            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-        };
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         match dtype {
             DType::Q4_0 | DType::Q4_1 | DType::Q5_0 | DType::Q5_1 => {
                 self.scale = half(0);
@@ -197,9 +181,7 @@ impl Block {
                 }
             }
             other => {
-                return Err(Error::unsupported(format!(
-                    "{other} is not a quantized format known here"
-                )));
+                return Err(Error::unsupported(format!("{other} is not a quantized format known here")));
             }
         }
         Ok(())
@@ -207,30 +189,18 @@ impl Block {
 
     fn dequantize(&self, dtype: DType, out: &mut [f32]) {
         let Some(coding) = coding(dtype) else { return };
-        let zero_point = if coding.min {
-            0
-        } else {
-            1 << (coding.bits - 1)
-        };
-        let (scale, min) = (
-            f16::from_bits(self.scale).to_f32(),
-            f16::from_bits(self.min).to_f32(),
-        );
+        let zero_point = if coding.min { 0 } else { 1 << (coding.bits - 1) };
+        let (scale, min) = (f16::from_bits(self.scale).to_f32(), f16::from_bits(self.min).to_f32());
         let groups = self.quads.chunks(coding.group / 4);
         for (g, (out, quads)) in out.chunks_mut(coding.group).zip(groups).enumerate() {
             let (scale, min) = match (coding.nested, coding.min) {
                 (false, false) => (scale, 0.0),
                 (false, true) => (scale, min),
                 (true, false) => (scale * f32::from(self.scales[g]), 0.0),
-                (true, true) => (
-                    scale * f32::from(self.scales[g]),
-                    -(min * f32::from(self.mins[g])),
-                ),
+                (true, true) => (scale * f32::from(self.scales[g]), -(min * f32::from(self.mins[g]))),
             };
             for (x, quad) in out.as_chunks_mut::<4>().0.iter_mut().zip(quads) {
-                *x = quad
-                    .to_le_bytes()
-                    .map(|code| scale * (i32::from(code) - zero_point) as f32 + min);
+                *x = quad.to_le_bytes().map(|code| scale * (i32::from(code) - zero_point) as f32 + min);
             }
         }
     }

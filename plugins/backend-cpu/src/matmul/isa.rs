@@ -30,10 +30,7 @@ impl Isa {
     pub fn available() -> Vec<Isa> {
         let mut found = vec![Isa::PORTABLE];
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-        {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
             found.push(Isa(Kind::Avx2));
             if is_x86_feature_detected!("avxvnni") {
                 found.push(Isa(Kind::Avx2Vnni));
@@ -51,16 +48,10 @@ impl Isa {
     /// The one with this [name](Isa::name).
     pub fn named(name: &str) -> Result<Isa> {
         let available = Isa::available();
-        available
-            .iter()
-            .find(|isa| isa.name() == name)
-            .copied()
-            .ok_or_else(|| {
-                let names: Vec<&str> = available.iter().map(|isa| isa.name()).collect();
-                Error::config(format!(
-                    "instruction set `{name}` is not available here; this machine has {names:?}"
-                ))
-            })
+        available.iter().find(|isa| isa.name() == name).copied().ok_or_else(|| {
+            let names: Vec<&str> = available.iter().map(|isa| isa.name()).collect();
+            Error::config(format!("instruction set `{name}` is not available here; this machine has {names:?}"))
+        })
     }
 
     pub const fn name(self) -> &'static str {

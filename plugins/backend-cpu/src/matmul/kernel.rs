@@ -11,12 +11,16 @@ use setu_core::{DType, Error, Result};
 
 use super::activations::{Activations, DIGIT, Precision, TILE};
 use super::isa::{Isa, Kind};
-use super::layout::{self, Codes, Format, ROWS, UNIT};
+use super::layout::{self, Codes, Format, LINE, ROWS, UNIT};
 use super::pack::PackedMatrix;
 use super::simd::{Simd, portable::Portable};
 
-/// Activations of this size are gone through with one row block before the next, so that they stay in the second-level cache.
+/// So much of the activations is gone through with one row block before the next, and stays in the second-level
+/// cache.
 const CACHED_BYTES: usize = 384 << 10;
+
+/// How far ahead of their use weights are asked for.
+const AHEAD: usize = 8 << 10;
 
 /// The kernel for a format and a precision on an instruction set: chosen once, called for every product.
 #[derive(Clone, Copy, Debug)]
@@ -43,12 +47,7 @@ unsafe impl Sync for Output<'_> {}
 impl<'a> Output<'a> {
     /// Token `t` of a call goes to `values[t * stride..]`.
     pub fn new(values: &'a mut [f32], stride: usize) -> Output<'a> {
-        Output {
-            start: values.as_mut_ptr(),
-            len: values.len(),
-            stride,
-            memory: std::marker::PhantomData,
-        }
+        Output { start: values.as_mut_ptr(), len: values.len(), stride, memory: std::marker::PhantomData }
     }
 
     /// As [`new`](Output::new), for memory that several threads write parts of.
@@ -56,20 +55,13 @@ impl<'a> Output<'a> {
     /// # Safety
     /// `len` elements from `start` on can be written for as long as the output lives.
     pub unsafe fn from_raw(start: *mut f32, len: usize, stride: usize) -> Output<'a> {
-        Output {
-            start,
-            len,
-            stride,
-            memory: std::marker::PhantomData,
-        }
+        Output { start, len, stride, memory: std::marker::PhantomData }
     }
 
     fn holds(&self, tokens: &Range<usize>, rows: usize) -> bool {
         let needed = match tokens.len() {
             0 => Some(0),
-            _ => (tokens.end - 1)
-                .checked_mul(self.stride)
-                .and_then(|start| start.checked_add(rows)),
+            _ => (tokens.end - 1).checked_mul(self.stride).and_then(|start| start.checked_add(rows)),
         };
         rows <= self.stride && needed.is_some_and(|needed| needed <= self.len)
     }
@@ -92,11 +84,7 @@ impl Kernel {
                 "the CPU backend cannot multiply weights in {dtype} with {precision:?} activations"
             ))
         })?;
-        Ok(Kernel {
-            dtype,
-            precision,
-            run,
-        })
+        Ok(Kernel { dtype, precision, run })
     }
 
     /// Multiplies row blocks `blocks` of `weights` with `tokens` of `activations`; token `t`'s result for row `r`
@@ -116,29 +104,12 @@ impl Kernel {
         blocks: Range<usize>,
         output: Output<'_>,
     ) {
-        assert!(
-            weights.dtype() == self.dtype && activations.precision() == self.precision,
-            "operands of this kernel"
-        );
-        assert_eq!(
-            weights.cols(),
-            activations.cols(),
-            "columns of weights and activations"
-        );
+        assert!(weights.dtype() == self.dtype && activations.precision() == self.precision, "operands of this kernel");
+        assert_eq!(weights.cols(), activations.cols(), "columns of weights and activations");
         assert!(activations.holds(&tokens), "tokens of the activations");
-        assert!(
-            blocks.start <= blocks.end && blocks.end <= weights.row_blocks(),
-            "row blocks of the weights"
-        );
+        assert!(blocks.start <= blocks.end && blocks.end <= weights.row_blocks(), "row blocks of the weights");
         assert!(output.holds(&tokens, weights.rows()), "room for the result");
-        let call = Call {
-            weights,
-            activations,
-            tokens,
-            blocks,
-            output: output.start,
-            stride: output.stride,
-        };
+        let call = Call { weights, activations, tokens, blocks, output: output.start, stride: output.stride };
         // SAFETY: `select` gave `run` for this format, precision and a present instruction set; the ranges were
         // just checked, and the caller keeps others out.
         unsafe { (self.run)(&call) }
@@ -154,13 +125,7 @@ impl Kernel {
     ) {
         // SAFETY: both are borrowed for the call, the output exclusively.
         unsafe {
-            self.run(
-                weights,
-                activations,
-                tokens,
-                0..weights.row_blocks(),
-                Output::new(output, weights.rows()),
-            );
+            self.run(weights, activations, tokens, 0..weights.row_blocks(), Output::new(output, weights.rows()));
         }
     }
 }
@@ -187,6 +152,8 @@ struct Tile {
     /// First token in the tile.
     first: usize,
     units: usize,
+    /// Whether the weights come from memory, so that what follows them is to be asked for.
+    cold: bool,
 }
 
 /// What differs between precisions.
@@ -212,21 +179,14 @@ trait Mode<F: Format> {
         dots: &mut Self::Dots<S, N>,
     );
     /// The sums as f32, codes counted from zero. `part_sums` are the negated sums over the part's activations.
-    unsafe fn finish<S: Simd, const N: usize>(
-        dots: Self::Dots<S, N>,
-        part_sums: *const u8,
-    ) -> [S::Float; N];
+    unsafe fn finish<S: Simd, const N: usize>(dots: Self::Dots<S, N>, part_sums: *const u8) -> [S::Float; N];
 }
 
 /// Integer activations of one or two digits.
 struct Integers<const DIGITS: usize>;
 
 impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
-    const PRECISION: Precision = if DIGITS == 1 {
-        Precision::Int8
-    } else {
-        Precision::Int16
-    };
+    const PRECISION: Precision = if DIGITS == 1 { Precision::Int8 } else { Precision::Int16 };
     const VALUE: usize = 1;
     type Dots<S: Simd, const N: usize> = [[S::Int; N]; DIGITS];
 
@@ -254,9 +214,7 @@ impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
             let codes = F::codes::<S, J>(unit, lane);
             for (digit, dots) in dots.iter_mut().enumerate() {
                 for (token, dot) in dots.iter_mut().enumerate() {
-                    let quad = values
-                        .add(digit * record.digit + token * UNIT + 4 * J)
-                        .cast::<i32>();
+                    let quad = values.add(digit * record.digit + token * UNIT + 4 * J).cast::<i32>();
                     *dot = S::dot(*dot, codes, quad.read_unaligned(), F::WIDE);
                 }
             }
@@ -264,19 +222,13 @@ impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
     }
 
     #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(
-        dots: [[S::Int; N]; DIGITS],
-        part_sums: *const u8,
-    ) -> [S::Float; N] {
+    unsafe fn finish<S: Simd, const N: usize>(dots: [[S::Int; N]; DIGITS], part_sums: *const u8) -> [S::Float; N] {
         // SAFETY: as the caller vouches.
         unsafe {
             std::array::from_fn(|token| {
                 let dot = match DIGITS {
                     1 => dots[0][token],
-                    _ => S::add(
-                        S::shl::<{ DIGIT.trailing_zeros() }>(dots[0][token]),
-                        dots[1][token],
-                    ),
+                    _ => S::add(S::shl::<{ DIGIT.trailing_zeros() }>(dots[0][token]), dots[1][token]),
                 };
                 if F::MIN {
                     return S::to_float(dot);
@@ -306,11 +258,7 @@ impl<F: Format> Mode<F> for Floats {
     #[inline(always)]
     fn tokens<S: Simd>() -> usize {
         // Codes with f32 are there for exactness: fewer instances compile faster.
-        if F::SCALED {
-            S::TOKENS[0].min(4)
-        } else {
-            S::TOKENS[0]
-        }
+        if F::SCALED { S::TOKENS[0].min(4) } else { S::TOKENS[0] }
     }
 
     #[inline(always)]
@@ -331,10 +279,7 @@ impl<F: Format> Mode<F> for Floats {
             let weights = F::values::<S, J>(unit, lane);
             for (column, weight) in weights.into_iter().enumerate() {
                 for (token, dot) in dots.iter_mut().enumerate() {
-                    let value = values
-                        .cast::<f32>()
-                        .add(token * UNIT + 4 * J + column)
-                        .read_unaligned();
+                    let value = values.cast::<f32>().add(token * UNIT + 4 * J + column).read_unaligned();
                     *dot = S::mul_add(weight, S::splat_float(value), *dot);
                 }
             }
@@ -342,10 +287,7 @@ impl<F: Format> Mode<F> for Floats {
     }
 
     #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(
-        dots: [S::Float; N],
-        _part_sums: *const u8,
-    ) -> [S::Float; N] {
+    unsafe fn finish<S: Simd, const N: usize>(dots: [S::Float; N], _part_sums: *const u8) -> [S::Float; N] {
         dots
     }
 }
@@ -380,17 +322,11 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
         let dots = M::finish::<S, N>(dots, part_sums);
         let (scale, min) = F::scales::<S, PART>(header, unit, lane);
         for token in 0..N {
-            let float = |at: usize| {
-                S::splat_float(record.add(at).cast::<f32>().add(token).read_unaligned())
-            };
+            let float = |at: usize| S::splat_float(record.add(at).cast::<f32>().add(token).read_unaligned());
             sums[token] = if !F::SCALED {
                 S::add_float(sums[token], dots[token])
             } else if integers {
-                S::mul_add(
-                    dots[token],
-                    S::mul(scale, float(places.scales)),
-                    sums[token],
-                )
+                S::mul_add(dots[token], S::mul(scale, float(places.scales)), sums[token])
             } else {
                 S::mul_add(dots[token], scale, sums[token])
             };
@@ -398,9 +334,7 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
                 let sum = if F::PARTS == 1 {
                     float(places.scaled_sums)
                 } else if integers {
-                    let negated = S::to_float(S::splat(
-                        part_sums.cast::<i32>().add(token).read_unaligned(),
-                    ));
+                    let negated = S::to_float(S::splat(part_sums.cast::<i32>().add(token).read_unaligned()));
                     S::mul(S::mul(negated, S::splat_float(-1.0)), float(places.scales))
                 } else {
                     S::splat_float(part_sums.cast::<f32>().add(token).read_unaligned())
@@ -417,13 +351,7 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
 /// As for [`Mode`], for all units of `tile`.
 #[inline(always)]
 unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) -> [S::Float; N] {
-    let Tile {
-        weights,
-        lane,
-        records,
-        first,
-        units,
-    } = tile;
+    let Tile { weights, lane, records, first, units, cold } = tile;
     let record_bytes = const { M::PRECISION.record().bytes };
     let (chunk_bytes, _) = const { layout::chunk::<F>() };
     // SAFETY: chunks and records follow one another; there are `units` of both, a whole number of chunks.
@@ -436,6 +364,12 @@ unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) ->
             let header = F::header::<S>(chunk, lane);
             for unit in 0..F::UNITS {
                 let unit = (chunk.add(F::HEADER_BYTES + unit * F::UNIT_BYTES), lane);
+                // One token's product is quick enough to keep the processor's own prefetching busy.
+                if N > 1 && cold {
+                    for line in 0..F::UNIT_BYTES.div_ceil(LINE) {
+                        S::prefetch(unit.0.wrapping_add(AHEAD + line * LINE));
+                    }
+                }
                 part::<S, F, M, 0, N>(header, unit, (values, record), &mut sums);
                 if F::PARTS == 2 {
                     part::<S, F, M, 1, N>(header, unit, (values, record), &mut sums);
@@ -454,21 +388,13 @@ unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) ->
 /// As for [`Kernel::run`], whose checks must have passed; the machine must have `S`, and the operands be of `F` and `M`.
 #[inline(always)]
 unsafe fn run<S: Simd, F: Format, M: Mode<F>>(call: &Call) {
-    let Call {
-        weights,
-        activations,
-        tokens,
-        blocks,
-        ..
-    } = call;
+    let Call { weights, activations, tokens, blocks, .. } = call;
     let units = weights.cols().div_ceil(UNIT);
     let tile_bytes = units * M::PRECISION.record().bytes;
     let tokens_cached = (CACHED_BYTES / tile_bytes.max(1)).max(1) * TILE;
     let mut start = tokens.start;
     while start < tokens.end {
-        let end = tokens
-            .end
-            .min((start / TILE * TILE).saturating_add(tokens_cached));
+        let end = tokens.end.min((start / TILE * TILE).saturating_add(tokens_cached));
         for block in blocks.clone() {
             let rows = (weights.rows() - block * ROWS).min(ROWS);
             for lane in (0..rows).step_by(S::LANES) {
@@ -484,6 +410,7 @@ unsafe fn run<S: Simd, F: Format, M: Mode<F>>(call: &Call) {
                             records: activations.tile(token / TILE),
                             first,
                             units,
+                            cold: token == start && lane == 0,
                         };
                         let to = call.output.add(token * call.stride + block * ROWS + lane);
                         let rows = (rows - lane).min(S::LANES);
@@ -595,11 +522,7 @@ mod x86 {
 
     entry!(run_avx2, Avx2, "avx2,fma,f16c");
     entry!(run_avx2_vnni, Avx2Vnni, "avx2,fma,f16c,avxvnni");
-    entry!(
-        run_avx512,
-        Avx512,
-        "avx512f,avx512bw,avx512vnni,avx2,fma,f16c"
-    );
+    entry!(run_avx512, Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
 
     table!(pub(super) avx2, run_avx2, run_avx2);
     table!(pub(super) avx2_vnni, run_avx2_vnni, run_avx2);

@@ -77,12 +77,9 @@ pub(super) type Q4K = Coded<4, true, 1, true>;
 pub(super) type Q5K = Coded<5, true, 1, true>;
 pub(super) type Q6K = Coded<6, false, 2, true>;
 
-impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool>
-    Coded<BITS, MIN, PARTS, NESTED>
-{
+impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> Coded<BITS, MIN, PARTS, NESTED> {
     /// Bytes of one scale, or of one scale and min, of all rows.
-    pub(super) const SCALE_BYTES: usize =
-        (if NESTED { 1 } else { 2 }) * ROWS * (if MIN { 2 } else { 1 });
+    pub(super) const SCALE_BYTES: usize = (if NESTED { 1 } else { 2 }) * ROWS * (if MIN { 2 } else { 1 });
     /// Where a unit's lines begin.
     pub(super) const LINES_AT: usize = PARTS * Self::SCALE_BYTES;
     /// Where the line of high bits begins, for formats that have one.
@@ -93,11 +90,7 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> F
     for Coded<BITS, MIN, PARTS, NESTED>
 {
     const UNITS: usize = if NESTED { 8 } else { 1 };
-    const HEADER_BYTES: usize = if NESTED {
-        2 * ROWS * (if MIN { 2 } else { 1 })
-    } else {
-        0
-    };
+    const HEADER_BYTES: usize = if NESTED { 2 * ROWS * (if MIN { 2 } else { 1 }) } else { 0 };
     const UNIT_BYTES: usize = Self::LINES_AT + BITS as usize * LINE;
     const PARTS: usize = PARTS;
     const SCALED: bool = true;
@@ -108,16 +101,9 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> F
         // SAFETY: the header holds `ROWS` f16 for the scale and, with a min, as many for it; `lane` is one of them.
         unsafe {
             let zero = S::splat_float(0.0);
-            let scale = if NESTED {
-                S::load_f16(chunk.add(2 * lane))
-            } else {
-                zero
-            };
+            let scale = if NESTED { S::load_f16(chunk.add(2 * lane)) } else { zero };
             let min = if NESTED && MIN {
-                S::mul(
-                    S::splat_float(-1.0),
-                    S::load_f16(chunk.add(2 * ROWS + 2 * lane)),
-                )
+                S::mul(S::splat_float(-1.0), S::load_f16(chunk.add(2 * ROWS + 2 * lane)))
             } else {
                 zero
             };
@@ -138,18 +124,10 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> F
             let zero = S::splat_float(0.0);
             if NESTED {
                 let scale = S::mul(header.0, S::to_float(S::load_i8(at.add(lane))));
-                let min = if MIN {
-                    S::mul(header.1, S::to_float(S::load_i8(at.add(min_at + lane))))
-                } else {
-                    zero
-                };
+                let min = if MIN { S::mul(header.1, S::to_float(S::load_i8(at.add(min_at + lane)))) } else { zero };
                 (scale, min)
             } else {
-                let min = if MIN {
-                    S::load_f16(at.add(min_at + 2 * lane))
-                } else {
-                    zero
-                };
+                let min = if MIN { S::load_f16(at.add(min_at + 2 * lane)) } else { zero };
                 (S::load_f16(at.add(2 * lane)), min)
             }
         }
@@ -204,11 +182,7 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> C
                 _ => {
                     let pairs = S::load(lines.add(J / 4 * LINE));
                     let low = S::and(shift::<S>(pairs, -(quad % 4 * 2)), bits(0x03));
-                    if BITS == 2 {
-                        low
-                    } else {
-                        S::or(low, S::and(shift::<S>(S::load(high), 2 - quad), bits(0x04)))
-                    }
+                    if BITS == 2 { low } else { S::or(low, S::and(shift::<S>(S::load(high), 2 - quad), bits(0x04))) }
                 }
             }
         }
@@ -284,13 +258,7 @@ impl Element for half::bf16 {
             let at = unit.add(2 * J * LINE + 4 * lane);
             let high = S::splat(0xffff_0000_u32 as i32);
             let [a, b] = [S::load(at), S::load(at.add(LINE))];
-            [
-                S::shl::<16>(a),
-                S::and(a, high),
-                S::shl::<16>(b),
-                S::and(b, high),
-            ]
-            .map(|value| S::as_float(value))
+            [S::shl::<16>(a), S::and(a, high), S::shl::<16>(b), S::and(b, high)].map(|value| S::as_float(value))
         }
     }
 }

@@ -21,16 +21,9 @@ unsafe impl Sync for AlignedBytes {}
 
 impl AlignedBytes {
     pub(super) fn zeroed(len: usize) -> Result<AlignedBytes> {
-        let too_large = || {
-            Error::exhausted(format!(
-                "cannot allocate {len} bytes of memory for the CPU backend"
-            ))
-        };
+        let too_large = || Error::exhausted(format!("cannot allocate {len} bytes of memory for the CPU backend"));
         if len == 0 {
-            return Ok(AlignedBytes {
-                start: NonNull::dangling(),
-                len,
-            });
+            return Ok(AlignedBytes { start: NonNull::dangling(), len });
         }
         let layout = Layout::from_size_align(len, ALIGNMENT).map_err(|_| too_large())?;
         // SAFETY: the layout's size is not zero.
@@ -56,12 +49,7 @@ impl Drop for AlignedBytes {
     fn drop(&mut self) {
         if self.len > 0 {
             // SAFETY: allocated in `zeroed` with this size and alignment, which were valid there.
-            unsafe {
-                dealloc(
-                    self.start.as_ptr(),
-                    Layout::from_size_align_unchecked(self.len, ALIGNMENT),
-                )
-            };
+            unsafe { dealloc(self.start.as_ptr(), Layout::from_size_align_unchecked(self.len, ALIGNMENT)) };
         }
     }
 }

@@ -35,25 +35,10 @@ impl PackedMatrix {
     /// Room for a matrix, to be filled by [`Source::pack_block`].
     pub fn zeroed(dtype: DType, rows: usize, cols: usize) -> Result<PackedMatrix> {
         let (chunk_bytes, chunk_cols) = chunk(dtype)?;
-        let too_large = || {
-            Error::invalid(format!(
-                "a weight of {rows} × {cols} in {dtype} is too large"
-            ))
-        };
-        let block_bytes = cols
-            .div_ceil(chunk_cols)
-            .checked_mul(chunk_bytes)
-            .ok_or_else(too_large)?;
-        let bytes = block_bytes
-            .checked_mul(rows.div_ceil(ROWS))
-            .ok_or_else(too_large)?;
-        Ok(PackedMatrix {
-            dtype,
-            rows,
-            cols,
-            block_bytes,
-            bytes: AlignedBytes::zeroed(bytes)?,
-        })
+        let too_large = || Error::invalid(format!("a weight of {rows} × {cols} in {dtype} is too large"));
+        let block_bytes = cols.div_ceil(chunk_cols).checked_mul(chunk_bytes).ok_or_else(too_large)?;
+        let bytes = block_bytes.checked_mul(rows.div_ceil(ROWS)).ok_or_else(too_large)?;
+        Ok(PackedMatrix { dtype, rows, cols, block_bytes, bytes: AlignedBytes::zeroed(bytes)? })
     }
 
     pub fn dtype(&self) -> DType {
@@ -120,13 +105,7 @@ impl<'a> Source<'a> {
             )));
         }
         let rows = parts.iter().map(|part| part.len() / row_bytes).sum();
-        Ok(Source {
-            dtype,
-            cols,
-            row_bytes,
-            rows,
-            parts,
-        })
+        Ok(Source { dtype, cols, row_bytes, rows, parts })
     }
 
     pub fn rows(&self) -> usize {
@@ -136,31 +115,18 @@ impl<'a> Source<'a> {
     /// Fills row block `index` of a matrix of this format and shape.
     pub fn pack_block(&self, index: usize, block: &mut [u8]) -> Result<()> {
         let (chunk_bytes, chunk_cols) = chunk(self.dtype)?;
-        if block.len() != self.cols.div_ceil(chunk_cols) * chunk_bytes
-            || index >= self.rows.div_ceil(ROWS)
-        {
-            return Err(Error::internal(format!(
-                "row block {index} is not one of this matrix in {}",
-                self.dtype
-            )));
+        if block.len() != self.cols.div_ceil(chunk_cols) * chunk_bytes || index >= self.rows.div_ceil(ROWS) {
+            return Err(Error::internal(format!("row block {index} is not one of this matrix in {}", self.dtype)));
         }
         let first = index * ROWS;
-        let rows = (first..self.rows.min(first + ROWS))
-            .filter_map(|row| self.row(row))
-            .enumerate();
+        let rows = (first..self.rows.min(first + ROWS)).filter_map(|row| self.row(row)).enumerate();
         match self.dtype {
-            DType::F32 => {
-                rows.for_each(|(lane, row)| pack_words(row.as_chunks::<4>().0, lane, block))
-            }
+            DType::F32 => rows.for_each(|(lane, row)| pack_words(row.as_chunks::<4>().0, lane, block)),
             DType::BF16 => rows.for_each(|(lane, row)| pack_pairs(row, lane, block)),
-            DType::F16 => {
-                rows.for_each(|(lane, row)| pack_halves(row.as_chunks::<2>().0, lane, block))
-            }
+            DType::F16 => rows.for_each(|(lane, row)| pack_halves(row.as_chunks::<2>().0, lane, block)),
             DType::Q4_0 => rows.for_each(|(lane, row)| pack_simple::<2, 18>(row, lane, block, 0)),
             DType::Q4_1 => rows.for_each(|(lane, row)| pack_simple::<4, 20>(row, lane, block, 0)),
-            DType::Q8_0 => {
-                rows.for_each(|(lane, row)| pack_simple::<2, 34>(row, lane, block, 0x8080_8080))
-            }
+            DType::Q8_0 => rows.for_each(|(lane, row)| pack_simple::<2, 34>(row, lane, block, 0x8080_8080)),
             dtype => {
                 let coding = coding(dtype).ok_or_else(|| unknown(dtype))?;
                 let mut content = Block::default();
@@ -209,9 +175,7 @@ fn chunk(dtype: DType) -> Result<(usize, usize)> {
 }
 
 fn unknown(dtype: DType) -> Error {
-    Error::unsupported(format!(
-        "the CPU backend has no kernels for weights in {dtype}"
-    ))
+    Error::unsupported(format!("the CPU backend has no kernels for weights in {dtype}"))
 }
 
 fn pack_words(row: &[[u8; 4]], lane: usize, block: &mut [u8]) {
@@ -221,12 +185,7 @@ fn pack_words(row: &[[u8; 4]], lane: usize, block: &mut [u8]) {
 }
 
 fn pack_pairs(row: &[u8], lane: usize, block: &mut [u8]) {
-    for (line, pair) in block
-        .as_chunks_mut::<LINE>()
-        .0
-        .iter_mut()
-        .zip(row.chunks(4))
-    {
+    for (line, pair) in block.as_chunks_mut::<LINE>().0.iter_mut().zip(row.chunks(4)) {
         line[4 * lane..4 * lane + pair.len()].copy_from_slice(pair);
     }
 }
@@ -238,17 +197,9 @@ fn pack_halves(row: &[[u8; 2]], lane: usize, block: &mut [u8]) {
 }
 
 /// Formats whose codes lie in the file as in a unit: one or two f16 (`SCALES` bytes), then whole words of codes.
-fn pack_simple<const SCALES: usize, const BLOCK: usize>(
-    row: &[u8],
-    lane: usize,
-    block: &mut [u8],
-    flip: u32,
-) {
+fn pack_simple<const SCALES: usize, const BLOCK: usize>(row: &[u8], lane: usize, block: &mut [u8], flip: u32) {
     let unit_bytes = (BLOCK - SCALES) * ROWS + SCALES * ROWS;
-    for (unit, bytes) in block
-        .chunks_exact_mut(unit_bytes)
-        .zip(row.as_chunks::<BLOCK>().0)
-    {
+    for (unit, bytes) in block.chunks_exact_mut(unit_bytes).zip(row.as_chunks::<BLOCK>().0) {
         let (scales, lines) = unit.split_at_mut(SCALES * ROWS);
         for (i, half) in bytes[..SCALES].as_chunks::<2>().0.iter().enumerate() {
             let at = 2 * (i * ROWS + lane);
@@ -277,11 +228,7 @@ fn pack_codes(content: &Block, coding: Coding, lane: usize, chunk: &mut [u8]) {
     if coding.nested {
         put_halves(header);
     }
-    let scale_bytes = if coding.nested {
-        parts * ROWS * halves.len()
-    } else {
-        half_bytes
-    };
+    let scale_bytes = if coding.nested { parts * ROWS * halves.len() } else { half_bytes };
     let unit_bytes = scale_bytes + coding.bits as usize * LINE;
     for (u, unit) in rest.chunks_exact_mut(unit_bytes).take(units).enumerate() {
         let (scales, lines) = unit.split_at_mut(scale_bytes);
@@ -306,36 +253,15 @@ fn pack_codes(content: &Block, coding: Coding, lane: usize, chunk: &mut [u8]) {
 /// A row's words in the lines of a unit; `layout.rs` reads them back.
 fn words_of(quads: &[u32], bits: u32) -> [u32; 8] {
     let nibbles = |v: usize| quads[v] & 0x0f0f_0f0f | (quads[v + 4] & 0x0f0f_0f0f) << 4;
-    let pairs = |v: usize, from: u32| {
-        (0..4).fold(0, |word, j| {
-            word | (quads[4 * v + j] >> from & 0x0303_0303) << (2 * j)
-        })
-    };
+    let pairs =
+        |v: usize, from: u32| (0..4).fold(0, |word, j| word | (quads[4 * v + j] >> from & 0x0303_0303) << (2 * j));
     let ones = |from: u32| (0..8).fold(0, |word, j| word | (quads[j] >> from & 0x0101_0101) << j);
     match bits {
         2 => [pairs(0, 0), pairs(1, 0), 0, 0, 0, 0, 0, 0],
         3 => [pairs(0, 0), pairs(1, 0), ones(2), 0, 0, 0, 0, 0],
         4 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), 0, 0, 0, 0],
-        5 => [
-            nibbles(0),
-            nibbles(1),
-            nibbles(2),
-            nibbles(3),
-            ones(4),
-            0,
-            0,
-            0,
-        ],
-        6 => [
-            nibbles(0),
-            nibbles(1),
-            nibbles(2),
-            nibbles(3),
-            pairs(0, 4),
-            pairs(1, 4),
-            0,
-            0,
-        ],
+        5 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), ones(4), 0, 0, 0],
+        6 => [nibbles(0), nibbles(1), nibbles(2), nibbles(3), pairs(0, 4), pairs(1, 4), 0, 0],
         _ => std::array::from_fn(|j| quads[j]),
     }
 }

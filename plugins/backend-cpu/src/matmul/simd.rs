@@ -23,6 +23,8 @@ pub(super) trait Simd: Copy {
     /// `LANES` f32.
     type Float: Copy;
 
+    /// Asks for a cache line, anywhere.
+    unsafe fn prefetch(at: *const u8);
     /// Reads `LANES` 32-bit words.
     unsafe fn load(from: *const u8) -> Self::Int;
     /// Reads `LANES` signed bytes.

@@ -25,11 +25,7 @@ impl Random {
     /// Mostly small values, and now and then an outlier, like a model's activations.
     fn activation(&mut self) -> f32 {
         let x = self.unit() * self.unit();
-        if self.next().is_multiple_of(50) {
-            40.0 * x
-        } else {
-            x
-        }
+        if self.next().is_multiple_of(50) { 40.0 * x } else { x }
     }
 
     /// Rows with random codes and sensible scales.
@@ -76,22 +72,11 @@ impl Case {
         let raw = random.weights(dtype, rows, cols);
         let mut weights = vec![0.0; rows * cols];
         let row_bytes = raw.len() / rows;
-        for (row, out) in raw
-            .chunks_exact(row_bytes)
-            .zip(weights.chunks_exact_mut(cols))
-        {
+        for (row, out) in raw.chunks_exact(row_bytes).zip(weights.chunks_exact_mut(cols)) {
             dequantize_row(dtype, row, out).unwrap();
         }
         let x = (0..tokens * cols).map(|_| random.activation()).collect();
-        Case {
-            dtype,
-            rows,
-            cols,
-            tokens,
-            raw,
-            weights,
-            x,
-        }
+        Case { dtype, rows, cols, tokens, raw, weights, x }
     }
 
     fn pack(&self) -> PackedMatrix {
@@ -107,42 +92,30 @@ impl Case {
     fn run(&self, isa: Isa, precision: Precision) -> Vec<f32> {
         let kernel = Kernel::select(isa, self.dtype, precision).unwrap();
         let mut out = vec![f32::NAN; self.tokens * self.rows];
-        kernel.multiply(
-            &self.pack(),
-            &self.activations(isa, precision),
-            0..self.tokens,
-            &mut out,
-        );
+        kernel.multiply(&self.pack(), &self.activations(isa, precision), 0..self.tokens, &mut out);
         out
     }
 
     /// The f64 sum for `x`, one token's activations, and the sum of the terms' magnitudes.
     fn exact(&self, row: usize, x: &[f32]) -> (f64, f64) {
         let weights = &self.weights[row * self.cols..(row + 1) * self.cols];
-        weights
-            .iter()
-            .zip(x)
-            .fold((0.0, 0.0), |(sum, size), (&w, &x)| {
-                let term = f64::from(w) * f64::from(x);
-                (sum + term, size + term.abs())
-            })
+        weights.iter().zip(x).fold((0.0, 0.0), |(sum, size), (&w, &x)| {
+            let term = f64::from(w) * f64::from(x);
+            (sum + term, size + term.abs())
+        })
     }
 }
 
 /// Formats with the precisions that they can be multiplied with.
 fn kernels() -> impl Iterator<Item = (DType, Precision)> {
     DType::ALL.into_iter().flat_map(|dtype| {
-        let precisions: &[Precision] = if dtype.is_float() {
-            &[Precision::F32]
-        } else {
-            &[Precision::Int8, Precision::Int16, Precision::F32]
-        };
+        let precisions: &[Precision] =
+            if dtype.is_float() { &[Precision::F32] } else { &[Precision::Int8, Precision::Int16, Precision::F32] };
         precisions.iter().map(move |&precision| (dtype, precision))
     })
 }
 
-const SHAPES: [(usize, usize, usize); 5] =
-    [(1, 1, 1), (16, 2, 8), (37, 1, 13), (5, 3, 40), (48, 4, 3)];
+const SHAPES: [(usize, usize, usize); 5] = [(1, 1, 1), (16, 2, 8), (37, 1, 13), (5, 3, 40), (48, 4, 3)];
 
 #[test]
 fn kernels_agree_with_f64_sums() {
@@ -150,11 +123,7 @@ fn kernels_agree_with_f64_sums() {
     for isa in Isa::available() {
         for (dtype, precision) in kernels() {
             for (rows, blocks, tokens) in SHAPES {
-                let cols = if dtype.is_float() {
-                    31 * blocks + 1
-                } else {
-                    blocks * dtype.block_len()
-                };
+                let cols = if dtype.is_float() { 31 * blocks + 1 } else { blocks * dtype.block_len() };
                 let case = Case::new(&mut random, dtype, rows, cols, tokens);
                 let out = case.run(isa, precision);
                 let activations = case.activations(isa, precision);
@@ -166,10 +135,7 @@ fn kernels_agree_with_f64_sums() {
                         // Sums of codes before the zero point or min is taken off can be larger than the terms.
                         let largest = prepared.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
                         let bound = 1e-6 * size + 1e-6 * f64::from(largest);
-                        assert!(
-                            error <= bound,
-                            "{isa} {dtype} {precision:?} {rows}×{cols}: {error} > {bound}"
-                        );
+                        assert!(error <= bound, "{isa} {dtype} {precision:?} {rows}×{cols}: {error} > {bound}");
                     }
                 }
             }
@@ -182,24 +148,16 @@ fn activations_keep_their_precision() {
     let mut random = Random(2);
     let x: Vec<f32> = (0..3 * 96).map(|_| random.activation()).collect();
     for isa in Isa::available() {
-        for (precision, steps) in [
-            (Precision::Int8, 127.0),
-            (Precision::Int16, 16256.0),
-            (Precision::F32, f32::INFINITY),
-        ] {
+        for (precision, steps) in
+            [(Precision::Int8, 127.0), (Precision::Int16, 16256.0), (Precision::F32, f32::INFINITY)]
+        {
             let mut activations = Activations::new(precision, 3, 96).unwrap();
             activations.quantize(isa, 0, &x);
             for (token, row) in x.chunks_exact(96).enumerate() {
-                for (unit, prepared) in row
-                    .chunks_exact(32)
-                    .zip(activations.dequantize(token).chunks_exact(32))
-                {
+                for (unit, prepared) in row.chunks_exact(32).zip(activations.dequantize(token).chunks_exact(32)) {
                     let largest = unit.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
                     for (x, y) in unit.iter().zip(prepared) {
-                        assert!(
-                            (x - y).abs() <= 0.5001 * largest / steps,
-                            "{isa} {precision:?}: {x} became {y}"
-                        );
+                        assert!((x - y).abs() <= 0.5001 * largest / steps, "{isa} {precision:?}: {x} became {y}");
                     }
                 }
             }
@@ -212,18 +170,12 @@ fn splits_change_no_bit() {
     let mut random = Random(3);
     for isa in Isa::available() {
         for (dtype, precision) in kernels() {
-            let cols = if dtype.is_float() {
-                70
-            } else {
-                2 * dtype.block_len()
-            };
+            let cols = if dtype.is_float() { 70 } else { 2 * dtype.block_len() };
             let case = Case::new(&mut random, dtype, 53, cols, 37);
             let whole = case.run(isa, precision);
             let (weights, activations) = (case.pack(), case.activations(isa, precision));
             let kernel = Kernel::select(isa, dtype, precision).unwrap();
-            for (token_step, block_step) in
-                [(1, 4), (2, 1), (3, 3), (5, 2), (8, 4), (13, 1), (37, 1)]
-            {
+            for (token_step, block_step) in [(1, 4), (2, 1), (3, 3), (5, 2), (8, 4), (13, 1), (37, 1)] {
                 let mut out = vec![f32::NAN; whole.len()];
                 let output = Output::new(&mut out, case.rows);
                 for token in (0..case.tokens).step_by(token_step) {
@@ -234,10 +186,7 @@ fn splits_change_no_bit() {
                         unsafe { kernel.run(&weights, &activations, tokens, blocks, output) };
                     }
                 }
-                assert!(
-                    same_bits(&out, &whole),
-                    "{isa} {dtype} {precision:?}: by {token_step}, {block_step}"
-                );
+                assert!(same_bits(&out, &whole), "{isa} {dtype} {precision:?}: by {token_step}, {block_step}");
             }
             // Each token alone, wherever in a tile it was.
             for (token, expected) in whole.chunks_exact(case.rows).enumerate() {
@@ -245,10 +194,7 @@ fn splits_change_no_bit() {
                 alone.quantize(isa, 0, &case.x[token * cols..(token + 1) * cols]);
                 let mut out = vec![f32::NAN; case.rows];
                 kernel.multiply(&weights, &alone, 0..1, &mut out);
-                assert!(
-                    same_bits(&out, expected),
-                    "{isa} {dtype} {precision:?}: token {token} alone"
-                );
+                assert!(same_bits(&out, expected), "{isa} {dtype} {precision:?}: token {token} alone");
             }
         }
     }
@@ -271,10 +217,7 @@ fn parts_of_a_row_may_be_prepared_apart() {
                 // SAFETY: one thread.
                 unsafe { parts.quantize_shared(isa, 0, first, &x[first..end]) };
             }
-            assert!(
-                same_bits(&whole.dequantize(0), &parts.dequantize(0)),
-                "{isa} {precision:?}"
-            );
+            assert!(same_bits(&whole.dequantize(0), &parts.dequantize(0)), "{isa} {precision:?}");
         }
     }
 }
@@ -284,20 +227,11 @@ fn parts_of_a_matrix_are_stacked() {
     let mut random = Random(5);
     let case = Case::new(&mut random, DType::Q4_1, 40, 64, 2);
     let row_bytes = case.raw.len() / 40;
-    let parts = [
-        &case.raw[..3 * row_bytes],
-        &case.raw[3 * row_bytes..20 * row_bytes],
-        &case.raw[20 * row_bytes..],
-    ];
+    let parts = [&case.raw[..3 * row_bytes], &case.raw[3 * row_bytes..20 * row_bytes], &case.raw[20 * row_bytes..]];
     let stacked = PackedMatrix::pack(DType::Q4_1, 64, &parts).unwrap();
     let kernel = Kernel::select(Isa::best(), DType::Q4_1, Precision::Int8).unwrap();
     let mut out = vec![0.0; 80];
-    kernel.multiply(
-        &stacked,
-        &case.activations(Isa::best(), Precision::Int8),
-        0..2,
-        &mut out,
-    );
+    kernel.multiply(&stacked, &case.activations(Isa::best(), Precision::Int8), 0..2, &mut out);
     assert!(same_bits(&out, &case.run(Isa::best(), Precision::Int8)));
 }
 
@@ -312,11 +246,7 @@ fn non_finite_numbers_stay_in_their_rows() {
                 case.x[cols + 5] = bad;
                 let out = case.run(isa, precision);
                 for (i, y) in out.iter().enumerate() {
-                    assert_eq!(
-                        y.is_finite(),
-                        i / case.rows != 1,
-                        "{isa} {dtype} {precision:?}: {bad} gave {y} at {i}"
-                    );
+                    assert_eq!(y.is_finite(), i / case.rows != 1, "{isa} {dtype} {precision:?}: {bad} gave {y} at {i}");
                 }
             }
             // All bits set: NaN scales and elements.
@@ -324,11 +254,7 @@ fn non_finite_numbers_stay_in_their_rows() {
             case.raw[3 * row_bytes..4 * row_bytes].fill(0xff);
             case.x[cols + 5] = 0.0;
             for (i, y) in case.run(isa, precision).iter().enumerate() {
-                assert_eq!(
-                    y.is_nan(),
-                    i % case.rows == 3,
-                    "{isa} {dtype} {precision:?}: {y} at {i}"
-                );
+                assert_eq!(y.is_nan(), i % case.rows == 3, "{isa} {dtype} {precision:?}: {y} at {i}");
             }
         }
     }
@@ -337,19 +263,9 @@ fn non_finite_numbers_stay_in_their_rows() {
 #[test]
 fn misfits_are_refused() {
     let refused = [
-        (
-            DType::Q4_1,
-            48,
-            30,
-            "rows of 48 columns cannot be stored in Q4_1",
-        ),
+        (DType::Q4_1, 48, 30, "rows of 48 columns cannot be stored in Q4_1"),
         (DType::Q4_1, 64, 41, "no whole number of rows"),
-        (
-            DType::Q6K,
-            32,
-            210,
-            "rows of 32 columns cannot be stored in Q6_K",
-        ),
+        (DType::Q6K, 32, 210, "rows of 32 columns cannot be stored in Q6_K"),
         (DType::F32, 0, 0, "rows of 0 columns"),
     ];
     for (dtype, cols, bytes, message) in refused {
@@ -357,19 +273,11 @@ fn misfits_are_refused() {
         assert!(error.message().contains(message), "{error}");
     }
     let error = dequantize_row(DType::Q8_0, &[0; 33], &mut [0.0; 32]).unwrap_err();
-    assert!(
-        error.message().contains("cannot be 33 bytes long"),
-        "{error}"
-    );
+    assert!(error.message().contains("cannot be 33 bytes long"), "{error}");
     for precision in [Precision::Int8, Precision::Int16] {
         assert!(Kernel::select(Isa::best(), DType::BF16, precision).is_err());
     }
-    assert!(
-        Isa::named("mmx")
-            .unwrap_err()
-            .message()
-            .contains("portable")
-    );
+    assert!(Isa::named("mmx").unwrap_err().message().contains("portable"));
     assert!(PackedMatrix::zeroed(DType::F32, usize::MAX, 64).is_err());
 }
 
@@ -379,71 +287,27 @@ fn dequantizing_agrees_with_the_python_package_gguf() {
     // the sum, and sums weighted by `i mod 7 + 1` and `i mod 31`, from gguf 0.19's `dequantize`.
     let cases: [(DType, &[usize], [f64; 6]); 10] = [
         (DType::Q4_0, &[0], [-1.5, -0.5, -2.5, -16.0, -5.5, -290.0]),
-        (
-            DType::Q4_1,
-            &[0, 2],
-            [3.75, 5.25, 3.75, 119.0, 451.0, 1566.75],
-        ),
+        (DType::Q4_1, &[0, 2], [3.75, 5.25, 3.75, 119.0, 451.0, 1566.75]),
         (DType::Q5_0, &[0], [3.0, -5.5, -1.0, 18.0, 12.5, 295.0]),
-        (
-            DType::Q5_1,
-            &[0, 2],
-            [14.75, 12.25, 5.25, 260.0, 994.0, 3409.75],
-        ),
+        (DType::Q5_1, &[0, 2], [14.75, 12.25, 5.25, 260.0, 994.0, 3409.75]),
         (DType::Q8_0, &[0], [50.5, -44.5, 61.5, 84.5, 631.0, -2347.0]),
-        (
-            DType::Q2K,
-            &[80, 82],
-            [0.0, 16.5, 16.0, 941.0, 3775.75, 13106.75],
-        ),
-        (
-            DType::Q3K,
-            &[108],
-            [-13.5, -13.5, 4.5, -455.5, -2984.0, -10428.0],
-        ),
-        (
-            DType::Q4K,
-            &[0, 2],
-            [216.75, 79.25, 190.0, 29499.0, 117326.25, 438436.25],
-        ),
-        (
-            DType::Q5K,
-            &[0, 2],
-            [244.25, 821.75, 136.0, 62344.0, 254011.75, 878080.75],
-        ),
-        (
-            DType::Q6K,
-            &[208],
-            [-621.0, 345.0, 1260.0, 4519.5, 45307.5, 109909.5],
-        ),
+        (DType::Q2K, &[80, 82], [0.0, 16.5, 16.0, 941.0, 3775.75, 13106.75]),
+        (DType::Q3K, &[108], [-13.5, -13.5, 4.5, -455.5, -2984.0, -10428.0]),
+        (DType::Q4K, &[0, 2], [216.75, 79.25, 190.0, 29499.0, 117326.25, 438436.25]),
+        (DType::Q5K, &[0, 2], [244.25, 821.75, 136.0, 62344.0, 254011.75, 878080.75]),
+        (DType::Q6K, &[208], [-621.0, 345.0, 1260.0, 4519.5, 45307.5, 109909.5]),
     ];
     for (dtype, halves, expected) in cases {
-        let mut block: Vec<u8> = (0..dtype.block_bytes())
-            .map(|i| ((7 * i * i + 31 * i + 11) % 251) as u8)
-            .collect();
+        let mut block: Vec<u8> = (0..dtype.block_bytes()).map(|i| ((7 * i * i + 31 * i + 11) % 251) as u8).collect();
         for (&at, value) in halves.iter().zip([0.5, 0.25]) {
             block[at..at + 2].copy_from_slice(&f16::from_f32(value).to_le_bytes());
         }
         let mut out = vec![0.0; dtype.block_len()];
         dequantize_row(dtype, &block, &mut out).unwrap();
         let sum = |weight: fn(usize) -> usize| -> f64 {
-            out.iter()
-                .enumerate()
-                .map(|(i, &x)| f64::from(x) * weight(i) as f64)
-                .sum()
+            out.iter().enumerate().map(|(i, &x)| f64::from(x) * weight(i) as f64).sum()
         };
         let [first, second, last] = [out[0], out[1], out[out.len() - 1]].map(f64::from);
-        assert_eq!(
-            [
-                first,
-                second,
-                last,
-                sum(|_| 1),
-                sum(|i| i % 7 + 1),
-                sum(|i| i % 31)
-            ],
-            expected,
-            "{dtype}"
-        );
+        assert_eq!([first, second, last, sum(|_| 1), sum(|i| i % 7 + 1), sum(|i| i % 31)], expected, "{dtype}");
     }
 }

@@ -35,6 +35,9 @@ impl Simd for Portable {
     type Float = [f32; LANES];
 
     #[inline(always)]
+    unsafe fn prefetch(_at: *const u8) {}
+
+    #[inline(always)]
     unsafe fn load(from: *const u8) -> Self::Int {
         // SAFETY: the caller vouches for 16 readable bytes.
         let words = unsafe { from.cast::<[[u8; 4]; LANES]>().read() };
@@ -89,9 +92,7 @@ impl Simd for Portable {
         zip(sums, codes, |sum, codes| {
             let code = |byte: u32| codes >> (8 * byte) & 0xff;
             // No sum over a unit comes near 2^31.
-            sum.wrapping_add(
-                code(0) * quad[0] + code(1) * quad[1] + code(2) * quad[2] + code(3) * quad[3],
-            )
+            sum.wrapping_add(code(0) * quad[0] + code(1) * quad[1] + code(2) * quad[2] + code(3) * quad[3])
         })
     }
 
