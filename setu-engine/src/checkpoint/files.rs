@@ -141,7 +141,7 @@ fn open_gguf(path: &Path, file: MappedFile) -> Result<Contents> {
     join(headers, files, &parts).map_err(|error| place(&parts[0], error))
 }
 
-fn open_part(path: &PathBuf, index: usize, count: usize) -> Result<(gguf::Header, MappedFile)> {
+fn open_part(path: &Path, index: usize, count: usize) -> Result<(gguf::Header, MappedFile)> {
     if !path.exists() {
         return Err(Error::invalid(format!(
             "`{}` is missing, part {} of {count}; fetch it too",
