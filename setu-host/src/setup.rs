@@ -80,9 +80,12 @@ impl Setup {
         let types = chosen_types(&self.layout, &self.layers);
         let flags = flags_for(&self.layout, &types).into_iter().map(|flag| {
             let id = flag.get_id().as_str().to_owned();
+            // Whoever types `-` for `_` means the same.
+            let dashed = |name: &str| Some(name.replace('_', "-")).filter(|dashed| dashed != name);
+            let flag = flag.aliases(dashed(&id));
             match id.strip_prefix("sampling.") {
-                Some(short) => flag.visible_alias(short.to_owned()),
-                None if id == "model.name" => flag.short('m').visible_alias("model-name"),
+                Some(short) => flag.visible_alias(short.to_owned()).aliases(dashed(short)),
+                None if id == "model.name" => flag.short('m').visible_alias("model"),
                 None => flag,
             }
         });
