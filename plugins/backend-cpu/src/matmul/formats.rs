@@ -123,7 +123,8 @@ impl Block {
                 }
                 for (j, quad) in self.quads[..8].iter_mut().enumerate() {
                     // The product puts copies of four bits seven places apart, so that bit i also lands in byte i.
-                    *quad |= ((fifth.unwrap_or(0) >> (4 * j) & 15) * 0x0020_4081 & ONES) << 4;
+                    let copies = (fifth.unwrap_or(0) >> (4 * j) & 15) * 0x0020_4081;
+                    *quad |= (copies & ONES) << 4;
                 }
             }
             DType::Q8_0 => {

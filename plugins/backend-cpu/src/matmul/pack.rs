@@ -35,6 +35,7 @@ impl PackedMatrix {
     /// Room for a matrix, to be filled by [`Source::pack_block`].
     pub fn zeroed(dtype: DType, rows: usize, cols: usize) -> Result<PackedMatrix> {
         let (chunk_bytes, chunk_cols) = chunk(dtype)?;
+        row_bytes(dtype, cols)?;
         let too_large = || Error::invalid(format!("a weight of {rows} × {cols} in {dtype} is too large"));
         let block_bytes = cols.div_ceil(chunk_cols).checked_mul(chunk_bytes).ok_or_else(too_large)?;
         let bytes = block_bytes.checked_mul(rows.div_ceil(ROWS)).ok_or_else(too_large)?;
@@ -92,12 +93,7 @@ pub struct Source<'a> {
 impl<'a> Source<'a> {
     /// Each of `parts` must be a whole number of rows of `cols` elements.
     pub fn new(dtype: DType, cols: usize, parts: &'a [&'a [u8]]) -> Result<Source<'a>> {
-        let row_bytes = dtype.size_of(&[cols]).filter(|&bytes| bytes > 0).ok_or_else(|| {
-            Error::invalid(format!(
-                "rows of {cols} columns cannot be stored in {dtype}, whose blocks have {} elements",
-                dtype.block_len()
-            ))
-        })?;
+        let row_bytes = row_bytes(dtype, cols)?;
         if let Some(part) = parts.iter().find(|part| part.len() % row_bytes != 0) {
             return Err(Error::invalid(format!(
                 "{} bytes are no whole number of rows of {cols} columns in {dtype} ({row_bytes} bytes each)",
@@ -171,6 +167,15 @@ fn chunk(dtype: DType) -> Result<(usize, usize)> {
         DType::Q5K => layout::chunk::<layout::Q5K>(),
         DType::Q6K => layout::chunk::<layout::Q6K>(),
         other => return Err(unknown(other)),
+    })
+}
+
+fn row_bytes(dtype: DType, cols: usize) -> Result<usize> {
+    dtype.size_of(&[cols]).filter(|&bytes| bytes > 0).ok_or_else(|| {
+        let elements = dtype.block_len();
+        Error::invalid(format!(
+            "rows of {cols} columns cannot be stored in {dtype}, whose blocks have {elements} elements"
+        ))
     })
 }
 

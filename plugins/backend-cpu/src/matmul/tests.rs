@@ -279,6 +279,7 @@ fn misfits_are_refused() {
     }
     assert!(Isa::named("mmx").unwrap_err().message().contains("portable"));
     assert!(PackedMatrix::zeroed(DType::F32, usize::MAX, 64).is_err());
+    assert!(PackedMatrix::zeroed(DType::Q4K, 16, 128).is_err());
 }
 
 #[test]
