@@ -25,9 +25,40 @@ pub fn try_extension(name: &str) -> Result<PathBuf, String> {
 }
 
 fn build(name: &str) -> Result<PathBuf, String> {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("extensions").join(name).join("Cargo.toml");
+    compile(&tests_folder().join("extensions").join(name), name)
+}
+
+/// The `.so` of the crate `name` in `tests/extensions`, built with setu-core as it was at `commit`.
+///
+/// # Panics
+/// It doesn't build.
+pub fn extension_of(commit: &str, name: &str) -> PathBuf {
+    let repository = tests_folder().parent().expect("the tests lie in the repository");
+    let old = target_folder().join("tmp").join(format!("setu-{}", &commit[..12]));
+    let extension = old.join("tests/extensions").join(name);
+    let run = |command: &mut Command| {
+        let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    std::fs::create_dir_all(extension.join("src")).expect("the target folder can be written");
+    let archive = old.join("setu.tar");
+    run(Command::new("git").arg("-C").arg(repository).args(["archive", "-o"]).arg(&archive).arg(commit));
+    run(Command::new("tar").arg("-C").arg(&old).arg("-xf").arg(&archive));
+    for file in ["Cargo.toml", "Cargo.lock", "src/lib.rs"] {
+        let today = tests_folder().join("extensions").join(name).join(file);
+        std::fs::copy(&today, extension.join(file)).unwrap_or_else(|error| panic!("{}: {error}", today.display()));
+    }
+    let file = compile(&extension, name).unwrap_or_else(|why| panic!("{name} doesn't build with {commit}:\n{why}"));
+    // Today's crate of this name is built to the same place.
+    let kept = old.join(format!("{name}.so"));
+    std::fs::copy(file, &kept).expect("the target folder can be written");
+    kept
+}
+
+fn compile(folder: &Path, name: &str) -> Result<PathBuf, String> {
+    let manifest = folder.join("Cargo.toml");
     // One folder for all, so that what they depend on is compiled once.
-    let target = profile_folder().parent().expect("a profile's folder has a parent").join("tmp/extensions");
+    let target = target_folder().join("tmp/extensions");
     let cargo = |offline: &[&str]| {
         let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         command.args(["build", "--release", "--color=never"]).args(offline);
@@ -61,6 +92,14 @@ pub fn plugin_folder<'a>(files: impl IntoIterator<Item = (&'a str, PathBuf)>) ->
         std::fs::copy(&file, folder.path().join(name)).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     }
     folder
+}
+
+fn tests_folder() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn target_folder() -> PathBuf {
+    profile_folder().parent().expect("a profile's folder has a parent").to_owned()
 }
 
 /// `target/<profile>` of the running test.

@@ -1,17 +1,19 @@
 //! Files in plugin folders: which are loaded, which are refused, and with what words.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 // Referred to, so that the linker keeps both: two crates with an `export_plugin!` each in one binary.
 use setu_batcher_fixed_chunk as _;
 use setu_core::abi::ABI;
+use setu_core::abi::version::OLDEST;
 use setu_core::model::{CheckpointFormat, CheckpointInfo, GraphOptions};
 use setu_core::registry::Source;
 use setu_core::{Kind, Registries};
 use setu_engine::plugins::{PluginOptions, PluginReport, RejectionKind, check_linked, discover, inspect};
 use setu_scheduler_fcfs as _;
 use setu_testkit::views::Scene;
-use setu_tests::extensions::{cdylib, extension, plugin_folder, try_extension};
+use setu_tests::extensions::{cdylib, extension, extension_of, plugin_folder, try_extension};
 
 fn load(folders: &[&Path], pins: &[&str]) -> (Registries, PluginReport) {
     let mut registries = Registries::default();
@@ -249,6 +251,29 @@ fn a_plugin_built_with_another_version_of_the_crate_but_not_of_the_boundary_is_l
     let (registries, report) = load(&[folder.path()], &[]);
     assert_eq!(report.rejected, []);
     assert!((registries.schedulers.get("lifo").unwrap().build)("{}").is_ok());
+}
+
+#[test]
+fn a_plugin_built_by_the_first_commit_of_the_oldest_abi_is_loaded() {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").current_dir(env!("CARGO_MANIFEST_DIR")).args(arguments).output();
+        output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+    };
+    if git(&["rev-parse", "--is-shallow-repository"]).trim() != "false" {
+        println!("skipped: there is no history to build an older plugin from");
+        return;
+    }
+    let declared = format!("OLDEST: AbiVersion = AbiVersion {{ major: {}, minor: {} }}", OLDEST.major, OLDEST.minor);
+    let commits = git(&["log", "--format=%H", "-S", &declared, "--", ":/setu-core/src/abi/version.rs"]);
+    let first = commits.lines().last().expect("a commit declared the oldest ABI");
+    let folder = plugin_folder([("old.so", extension_of(first, "scheduler-lifo"))]);
+    let (registries, report) = load(&[folder.path()], &[]);
+    assert_eq!(report.rejected, []);
+    assert_eq!(report.loaded[0].abi, OLDEST);
+    let mut scene = Scene::new(1.0);
+    (1..=3).for_each(|id| _ = scene.waiting(id, id as f64, 10));
+    let mut lifo = (registries.schedulers.get("lifo").unwrap().build)(r#"{"most": 2}"#).unwrap();
+    assert_eq!(scene.schedule(&mut *lifo).running(), [3, 2]);
 }
 
 #[test]

@@ -8,9 +8,12 @@
 //! Each kind has a file with both directions: the *export* side puts an author's `impl Scheduler` behind
 //! a table of `extern "C"` functions, the *import* side is a handle that implements `Scheduler` again.
 //! What crosses is plain: the views of the contract by reference, since they only ever grow at their end;
-//! graphs, descriptions and options once, as versioned JSON; errors as a number and text. Every entry
-//! catches panics on the plugin's side ([`panics`]), constructors and drops included. A handle that
-//! panicked is never called or dropped again. Whoever allocates frees, and a library is never unloaded.
+//! graphs, descriptions and options once, as versioned JSON; errors as a number and text. Whoever
+//! allocates frees, and a library is never unloaded.
+//!
+//! Every entry catches panics on the plugin's side, constructors and drops included, and a handle that
+//! panicked is never called or dropped again. A stack overflow, an `abort` or a wild write still ends the
+//! process.
 //!
 //! abi_stable proves at load that both sides mean the same tables and is named in this module only. Its
 //! own shims end the process on a panic, its loader returns the first library for every file, and its

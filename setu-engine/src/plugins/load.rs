@@ -22,7 +22,7 @@ pub(super) fn load(path: &Path, pins: &[String]) -> Result<Vec<(LoadedPlugin, Pl
     let mut plugins = Vec::new();
     for metadata in file.plugins {
         let loaded = LoadedPlugin::new(file.path.clone(), file.sha256.clone(), &metadata);
-        let plugin = start(&library, metadata).map_err(|error| {
+        let plugin = start(library, metadata).map_err(|error| {
             let kind = match error.kind() {
                 ErrorKind::Panicked => RejectionKind::Panicked,
                 _ => RejectionKind::Contract,

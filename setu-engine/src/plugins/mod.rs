@@ -1,6 +1,6 @@
 //! Finds plugins in folders and loads them: the one place that calls `dlopen`.
 //!
-//! A file is read and checked before any of its code runs ([`file`]), and each is opened by its own
+//! A file is read and checked before any of its code runs ([`inspect`]), and each is opened by its own
 //! header. One that can't be used is a [`Rejection`] with a sentence of its own, and the others load all
 //! the same. What is loaded runs in the process with all its rights: plugins are explicit, versioned and,
 //! if the operator wishes, pinned by digest, but not sandboxed. A library is never unloaded, since
