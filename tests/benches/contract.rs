@@ -63,7 +63,9 @@ fn policies_as_files() {
             difference.push(file - linked);
         }
         let (linked, file, difference) = (median(&mut linked_ns), median(&mut file_ns), median(&mut difference));
-        println!("  {sessions:>4} sessions  linked in {linked:>7.0} ns  .so {file:>7.0} ns  difference {difference:>+6.0} ns");
+        println!(
+            "  {sessions:>4} sessions  linked in {linked:>7.0} ns  .so {file:>7.0} ns  difference {difference:>+6.0} ns"
+        );
     }
 }
 
@@ -131,7 +133,8 @@ fn decode_on_nothing(registries: &Registries, sessions: u32, tokens: u32) -> set
     let engine_config = EngineConfig { max_sessions: 256, max_step_tokens: 8192, ..EngineConfig::default() };
     let kv_config = KvConfig::default();
     let linked = Registries::linked_in();
-    let scheduler = |registries: &Registries| (registries.schedulers.get("fcfs").expect("fcfs").build)("{}").expect("built");
+    let scheduler =
+        |registries: &Registries| (registries.schedulers.get("fcfs").expect("fcfs").build)("{}").expect("built");
     let batcher =
         |registries: &Registries| (registries.batchers.get("fixed_chunk").expect("it").build)("{}").expect("built");
     let parts = Parts {

@@ -4,4 +4,5 @@ pub mod extensions;
 pub mod logs;
 pub mod models;
 pub mod program;
+pub mod tiny_files;
 pub mod tiny_llama;

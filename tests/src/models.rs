@@ -26,7 +26,9 @@ pub fn default_model() -> Option<PathBuf> {
             let name = store.parse(&store.catalogue().default_model().name.clone()).expect("the default's name");
             match store.resolve(&name, &mut Console::stderr()) {
                 Ok(model) => Some(model.path),
-                Err(error) => panic!("the default model can't be had ({error}); SETU_TEST_SKIP_MODEL=1 skips what needs it"),
+                Err(error) => {
+                    panic!("the default model can't be had ({error}); SETU_TEST_SKIP_MODEL=1 skips what needs it")
+                }
             }
         })
         .clone()

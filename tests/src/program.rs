@@ -2,29 +2,15 @@
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::sync::OnceLock;
 
-/// The program, built in the profile of the running test.
+/// The program: cargo builds it before it runs the tests and benches of this package.
 ///
 /// # Panics
-/// It doesn't build.
+/// The caller is no test or bench.
 pub fn setu() -> PathBuf {
-    static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT
-        .get_or_init(|| {
-            let test = std::env::current_exe().expect("a test knows its own path");
-            let profile = test.parent().and_then(|deps| deps.parent()).expect("tests lie in <profile>/deps");
-            let target = profile.parent().expect("a profile's folder has a parent");
-            let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-            command.args(["build", "--quiet", "-p", "setu-host", "--bin", "setu"]);
-            command.arg("--target-dir").arg(target).current_dir(env!("CARGO_MANIFEST_DIR"));
-            if profile.ends_with("release") {
-                command.arg("--release");
-            }
-            assert!(command.status().expect("cargo runs").success(), "setu doesn't build");
-            profile.join("setu")
-        })
-        .clone()
+    let test = std::env::current_exe().expect("a test knows its own path");
+    let profile = test.parent().and_then(|deps| deps.parent()).expect("tests lie in <profile>/deps");
+    profile.join("setu-under-test")
 }
 
 /// Runs `setu` with `args` and no variables of Setu's own but the test's.

@@ -56,7 +56,8 @@ fn the_same_seed_gives_the_same_tokens() {
     let prompt = alone.encode(PROMPT, false).expect("tokens");
     let strangers: Vec<Session> = (0..32u64)
         .map(|stranger| {
-            let ids: Vec<u32> = (0..5 + stranger * 7).map(|i| 1000 + (stranger * 131 + i * 17) as u32 % 20000).collect();
+            let ids: Vec<u32> =
+                (0..5 + stranger * 7).map(|i| 1000 + (stranger * 131 + i * 17) as u32 % 20000).collect();
             let mut params = params(stranger);
             params.max_tokens = Some(4 + stranger as u32);
             alone.engine().add_session(Request::new(ids, params)).expect("valid").remove(0)
