@@ -368,7 +368,8 @@ fn folders_and_odd_files_are_named() {
     ];
     for (name, why) in cases {
         let path = folder.path().join(name);
-        let error = discover(&[path.clone()], &PluginOptions::default(), &mut Registries::default()).unwrap_err();
+        let error =
+            discover(std::slice::from_ref(&path), &PluginOptions::default(), &mut Registries::default()).unwrap_err();
         assert_eq!(error.message(), format!("the plugin folder {} {why}", path.display()));
     }
     std::fs::create_dir(folder.path().join("folder.so")).unwrap();

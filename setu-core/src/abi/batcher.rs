@@ -40,8 +40,11 @@ unsafe extern "C" fn batch(handle: Handle, view: StepViewPtr, ready: ReadyPtr, c
 }
 
 unsafe extern "C" fn observe(handle: Handle, outcome: OutcomePtr) -> WireResult<()> {
-    // SAFETY: the host lends the outcome for the call.
-    let run = |batcher: &mut Exported| Ok(batcher.observe(unsafe { outcome.get() }));
+    let run = |batcher: &mut Exported| {
+        // SAFETY: the host lends the outcome for the call.
+        batcher.observe(unsafe { outcome.get() });
+        Ok(())
+    };
     // SAFETY: `build` made the handle, and the host makes one call at a time.
     unsafe { call(handle, "observe", run, |()| ()) }
 }

@@ -95,6 +95,10 @@ pub(super) unsafe fn call<T: Send, R, U>(
 /// # Safety
 /// As for [`Handle::take`].
 pub(super) unsafe extern "C" fn drop_handle<T: Send>(handle: Handle) -> WireResult<()> {
-    // SAFETY: as the caller promises.
-    sent(catch("drop", || Ok(drop(unsafe { handle.take::<T>() }))), |()| ())
+    let dropped = catch("drop", || {
+        // SAFETY: as the caller promises.
+        drop(unsafe { handle.take::<T>() });
+        Ok(())
+    });
+    sent(dropped, |()| ())
 }

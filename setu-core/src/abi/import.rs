@@ -119,7 +119,7 @@ impl Plugin {
 /// As for [`Plugin::open`].
 unsafe fn module_of(header: *const ()) -> Result<ModuleRef> {
     let misplaced = || Error::contract("its entry symbol is not the header of a plugin");
-    if header.is_null() || header.addr() % align_of::<LibHeader>() != 0 {
+    if header.is_null() || !header.addr().is_multiple_of(align_of::<LibHeader>()) {
         return Err(misplaced());
     }
     // SAFETY: an AbiHeaderRef is transparent over the address of an AbiHeader, with which a header begins;

@@ -340,7 +340,7 @@ mod tests {
             symbol: "setu_plugin_p".to_owned(),
             components: vec![idle.clone(), idle],
         };
-        assert_eq!(decode(&RECORD).unwrap(), [expected.clone()]);
+        assert_eq!(decode(&RECORD).unwrap(), std::slice::from_ref(&expected));
         let two = [&[0; 5], &RECORD[..], &[0; 3], &RECORD[..], &[0; 9]].concat();
         assert_eq!(decode(&two).unwrap(), [expected.clone(), expected.clone()]);
         // What a later version adds behind the components is skipped.

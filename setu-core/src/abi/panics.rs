@@ -4,6 +4,7 @@
 //! one there that keeps place and message for [`catch`] instead of printing them. What panics outside of
 //! any call, on a thread of the plugin's own, is logged.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 
@@ -20,9 +21,7 @@ pub fn catch<T>(entry: &str, call: impl FnOnce() -> Result<T>) -> Result<T> {
     let result = catch_unwind(AssertUnwindSafe(call));
     CATCHING.set(outer);
     result.unwrap_or_else(|payload| {
-        let text = payload.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("(no message)");
-        let seen = CAUGHT.take().unwrap_or_else(|| text.to_owned());
+        let seen = CAUGHT.take().unwrap_or_else(|| text_of(&*payload).to_owned());
         let error = Error::new(ErrorKind::Panicked, format!("panicked in {entry}: {seen}"));
         // A payload's drop may panic in turn.
         std::mem::forget(payload);
@@ -45,11 +44,16 @@ pub fn install_hook() {
 }
 
 fn describe(info: &PanicHookInfo<'_>) -> String {
-    let text = info.payload_as_str().unwrap_or("(no message)");
+    let text = text_of(info.payload());
     match info.location() {
         Some(place) => format!("{text} ({}:{})", place.file(), place.line()),
         None => text.to_owned(),
     }
+}
+
+fn text_of(payload: &dyn Any) -> &str {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("(no message)")
 }
 
 #[cfg(test)]
@@ -67,7 +71,8 @@ mod tests {
 
     #[test]
     fn panics_become_errors_that_name_the_entry() {
-        let cases: [(fn() -> Result<u32>, &str); 4] = [
+        type Call = fn() -> Result<u32>;
+        let cases: [(Call, &str); 4] = [
             (|| panic!("a {}", "text"), "panicked in schedule: a text"),
             (|| panic!("literal"), "panicked in schedule: literal"),
             (|| std::panic::panic_any(5), "panicked in schedule: (no message)"),

@@ -41,8 +41,11 @@ unsafe extern "C" fn schedule(handle: Handle, view: StepViewPtr, decisions: Deci
 }
 
 unsafe extern "C" fn observe(handle: Handle, events: EventsPtr) -> WireResult<()> {
-    // SAFETY: the host lends the events for the call.
-    let run = |scheduler: &mut Exported| Ok(scheduler.observe(*unsafe { events.get() }));
+    let run = |scheduler: &mut Exported| {
+        // SAFETY: the host lends the events for the call.
+        scheduler.observe(*unsafe { events.get() });
+        Ok(())
+    };
     // SAFETY: `build` made the handle, and the host makes one call at a time.
     unsafe { call(handle, "observe", run, |()| ()) }
 }

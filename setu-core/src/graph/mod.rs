@@ -6,7 +6,7 @@
 //! built once. Heads lie side by side in the columns.
 //!
 //! Build one with [`GraphBuilder`], which checks shapes and names as it goes; a graph that comes from
-//! elsewhere is checked by [`Graph::verify`]. [`Graph::to_string`] prints the form used in snapshots.
+//! elsewhere is checked by [`Graph::verify`]. Displayed, it has the form used in snapshots.
 
 mod builder;
 mod codec;
