@@ -372,7 +372,7 @@ mod tests {
             (patched(12, &[0; 4]), "a record claims to be of 0 bytes"),
             (patched(20, &[2]), "there is no panic strategy 2"),
             (patched(24, &u32::MAX.to_le_bytes()), "a record is cut off"),
-            (patched(LEN - 14, &[0xff]), "a text is not UTF-8"),
+            (patched(LEN - 1, &[0xff]), "a text is not UTF-8"),
             (RECORD.repeat(MAX_RECORDS + 1), "it has more than 64 records"),
         ];
         for (bytes, why) in cases {
