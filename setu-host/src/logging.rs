@@ -1,5 +1,6 @@
 //! Log lines on standard error, those of plugins included.
 
+use std::io::IsTerminal;
 use std::sync::OnceLock;
 
 use tracing_subscriber::layer::SubscriberExt;
@@ -19,7 +20,7 @@ pub fn start(config: &LogConfig, verbose: usize) -> Result<(), String> {
         return adjust(config, verbose.min(3) as u8);
     }
     let (filter, handle) = reload::Layer::new(filter(config, verbose as u8)?);
-    let lines = fmt::layer().with_writer(std::io::stderr);
+    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
     let registry = tracing_subscriber::registry().with(filter);
     let started = if config.json { registry.with(lines.json()).try_init() } else { registry.with(lines).try_init() };
     // Another subscriber, as a test may have, stays in place.

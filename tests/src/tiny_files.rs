@@ -125,3 +125,33 @@ fn gguf_name(name: &str) -> String {
     ];
     parts.iter().fold(name.to_owned(), |name, (hf, gguf)| name.replace(hf, gguf))
 }
+
+/// Writes a checkpoint of random weights for the model component of `tests/extensions/model-toy`.
+///
+/// # Panics
+/// The files can't be written.
+pub fn toy_folder(folder: &Path) {
+    const WIDTH: usize = 32;
+    let config = json!({
+        "architectures": ["ToyForCausalLM"], "toy_vocab": VOCAB, "toy_depth": 2, "toy_width": WIDTH, "toy_heads": 4,
+        "toy_context": 256,
+    });
+    let mut names = vec![("embed".to_owned(), VOCAB, WIDTH), ("norm".to_owned(), 1, WIDTH)];
+    for block in 0..2 {
+        let name = |part: &str| format!("blocks.{block}.{part}");
+        names.push((name("norm"), 1, WIDTH));
+        names.push((name("qkv"), 3 * WIDTH, WIDTH));
+        names.push((name("out"), WIDTH, WIDTH));
+        names.push((name("up"), 4 * WIDTH, WIDTH));
+        names.push((name("down"), WIDTH, 4 * WIDTH));
+    }
+    let tensors: Vec<TensorData<'_>> = names
+        .iter()
+        .zip(0..)
+        .map(|((name, rows, cols), seed)| {
+            tensor(name, &Matrix::random(*rows, *cols, 0.5, if *rows == 1 { 1.0 } else { 0.0 }, seed))
+        })
+        .collect();
+    write_safetensors(folder, &config, &tensors, 1).expect("written");
+    std::fs::write(folder.join("tokenizer.json"), tokenizer_json().to_string()).expect("written");
+}

@@ -22,7 +22,7 @@ pub struct Matrix {
 }
 
 impl Matrix {
-    fn random(rows: usize, cols: usize, scale: f64, around: f64, seed: u64) -> Matrix {
+    pub(crate) fn random(rows: usize, cols: usize, scale: f64, around: f64, seed: u64) -> Matrix {
         let data = (0..(rows * cols) as u64).map(|i| (around + scale * (uniform(seed, i) * 2.0 - 1.0)) as f32);
         Matrix { rows, cols, data: data.collect() }
     }

@@ -76,8 +76,8 @@ fn hyper_parameters_are_checked() {
         ("num_attention_heads", serde_json::json!(0), "num_attention_heads"),
         ("num_hidden_layers", serde_json::json!(4_000_000_000u64), "model.layers.2."),
         ("hidden_size", serde_json::json!("large"), "hidden_size"),
-        ("num_key_value_heads", serde_json::json!(4), "num_key_value_heads"),
-        ("rms_norm_eps", serde_json::json!(null), "rms_norm_eps"),
+        ("num_key_value_heads", serde_json::json!(4), "4 KV heads"),
+        ("rms_norm_eps", serde_json::json!("small"), "rms_norm_eps"),
         ("architectures", serde_json::json!(["SomethingElse"]), "SomethingElse"),
         ("rope_scaling", serde_json::json!({"rope_type": "magic", "factor": 2.0}), "magic"),
     ];
