@@ -5,7 +5,7 @@
 
 use setu_core::{Error, Result};
 
-/// The pre-tokenizer of a family of models.
+/// The pre-tokenizer of a family of models. No pattern takes more than linear time, whatever the text.
 #[derive(Debug)]
 pub(super) struct PreTokenizer {
     /// What GGUF files call it.
@@ -136,7 +136,6 @@ static PRE_TOKENIZERS: &[PreTokenizer] = &[
         ],
     ),
     PreTokenizer::new(&["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], &[GPT4O]),
-    PreTokenizer::new(&["tiny_aya", "cohere2moe"], &[r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O]),
     PreTokenizer::new(
         &["tekken"],
         &[
@@ -234,8 +233,7 @@ mod tests {
             ("bloom", "a, b.c", "a|,| b|.|c"),
             ("viking", "a12", "a|1|2"),
             ("chameleon", "a-b", "a|-|b"),
-            ("tiny_aya", "1234567", "1|234|567"),
-            ("bailingmoe", "a\n\nb", "a|\n|\n|b"),
+            ("bailingmoe", "it'LL\n\n b", "it|'LL|\n\n| b"),
         ] {
             assert_eq!(words(name, text).join("|"), expected, "{name}");
         }
