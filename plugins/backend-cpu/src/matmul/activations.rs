@@ -13,7 +13,7 @@ use setu_core::{Error, Result};
 
 use super::isa::{Isa, Kind};
 use super::layout::UNIT;
-use super::memory::AlignedBytes;
+use crate::memory::Region;
 
 /// Tokens in a tile.
 pub(super) const TILE: usize = 8;
@@ -72,7 +72,7 @@ pub struct Activations {
     precision: Precision,
     tokens: usize,
     cols: usize,
-    bytes: AlignedBytes,
+    bytes: Region,
 }
 
 impl Activations {
@@ -84,7 +84,7 @@ impl Activations {
             .checked_mul(cols.div_ceil(UNIT))
             .and_then(|tile| tile.checked_mul(tokens.div_ceil(TILE)))
             .ok_or_else(|| Error::exhausted(format!("activations of {tokens} tokens × {cols} are too large")))?;
-        Ok(Activations { precision, tokens, cols, bytes: AlignedBytes::zeroed(bytes)? })
+        Ok(Activations { precision, tokens, cols, bytes: Region::zeroed(bytes, "activations")? })
     }
 
     pub fn precision(&self) -> Precision {

@@ -10,7 +10,6 @@ mod formats;
 mod isa;
 mod kernel;
 mod layout;
-mod memory;
 mod pack;
 mod simd;
 #[cfg(test)]

@@ -9,7 +9,7 @@ use setu_core::{DType, Error, Result};
 
 use super::formats::{Block, Coding, coding};
 use super::layout::{self, LINE, ROWS, UNIT};
-use super::memory::AlignedBytes;
+use crate::memory::Region;
 
 /// A weight matrix `[rows, cols]` in row blocks; rows beyond the last are zero.
 #[derive(Debug)]
@@ -18,7 +18,7 @@ pub struct PackedMatrix {
     rows: usize,
     cols: usize,
     block_bytes: usize,
-    bytes: AlignedBytes,
+    bytes: Region,
 }
 
 impl PackedMatrix {
@@ -39,7 +39,9 @@ impl PackedMatrix {
         let too_large = || Error::invalid(format!("a weight of {rows} × {cols} in {dtype} is too large"));
         let block_bytes = cols.div_ceil(chunk_cols).checked_mul(chunk_bytes).ok_or_else(too_large)?;
         let bytes = block_bytes.checked_mul(rows.div_ceil(ROWS)).ok_or_else(too_large)?;
-        Ok(PackedMatrix { dtype, rows, cols, block_bytes, bytes: AlignedBytes::zeroed(bytes)? })
+        let bytes = Region::zeroed(bytes, "packed weights")?;
+        bytes.prefer_huge_pages();
+        Ok(PackedMatrix { dtype, rows, cols, block_bytes, bytes })
     }
 
     pub fn dtype(&self) -> DType {
@@ -66,8 +68,9 @@ impl PackedMatrix {
 
     /// The row blocks in order, each for one call of [`Source::pack_block`], on any thread.
     pub fn blocks_mut(&mut self) -> ChunksExactMut<'_, u8> {
-        let block_bytes = self.block_bytes.max(1);
-        self.bytes.as_mut_slice().chunks_exact_mut(block_bytes)
+        // SAFETY: the region is valid for its length, zeroed or written by packing, and borrowed with `self`.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.bytes.as_ptr(), self.bytes.len()) };
+        bytes.chunks_exact_mut(self.block_bytes.max(1))
     }
 
     /// Bytes of a row block.
