@@ -5,20 +5,20 @@
 //! session's [`TextSink`] → its [`Event`]s.
 
 pub mod checkpoint;
-pub mod load;
-pub mod model_text;
-pub mod text;
 pub mod clock;
 pub mod config;
 pub mod core;
 pub mod engine;
 mod guard;
 pub mod kv;
+pub mod load;
+pub mod model_text;
 pub mod plugins;
 pub mod request;
 mod session;
 pub mod stats;
 mod step_time;
+pub mod text;
 pub mod trace;
 
 pub use engine::{Engine, Health, Session};

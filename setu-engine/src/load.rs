@@ -147,9 +147,7 @@ fn bind<'a>(weight: &Weight, checkpoint: &'a Checkpoint) -> Result<WeightData<'a
         if part.dtype != tensor.dtype {
             return Err(Error::invalid(format!(
                 "the parts of the weight {} have different formats: {} and {} ({name})",
-                weight.name,
-                part.dtype,
-                tensor.dtype
+                weight.name, part.dtype, tensor.dtype
             )));
         }
         part.parts.push(tensor.data);

@@ -27,7 +27,8 @@ impl ModelText {
             let template = ChatTemplate::from_gguf(&vocab);
             return Ok(ModelText { tokenizer: Arc::new(Tokenizer::from_gguf(vocab)?), template });
         }
-        let directory = checkpoint.directory().ok_or_else(|| Error::invalid("there is no tokenizer beside the weights"))?;
+        let directory =
+            checkpoint.directory().ok_or_else(|| Error::invalid("there is no tokenizer beside the weights"))?;
         let files = TextFiles::read(directory)?;
         let template = ChatTemplate::from_files(&files);
         Ok(ModelText { tokenizer: Arc::new(Tokenizer::from_files(&files)?), template })

@@ -66,8 +66,11 @@ fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), F
         };
     }
     let settings = setup.resolve(matches).map_err(Failure::Usage)?;
-    logging::adjust(&read::<LogConfig>(&settings.section("log").map_or_else(Vec::new, |log| log.own.clone()))?, matches.get_count("verbose"))
-        .map_err(Failure::Usage)?;
+    logging::adjust(
+        &read::<LogConfig>(&settings.section("log").map_or_else(Vec::new, |log| log.own.clone()))?,
+        matches.get_count("verbose"),
+    )
+    .map_err(Failure::Usage)?;
     if !settings.warnings.is_empty() {
         eprintln!("{}", settings.warnings);
     }
@@ -149,25 +152,29 @@ pub fn command(setup: &Setup) -> Command {
         .about("Show, describe and check the configuration")
         .subcommand_required(true)
         .arg_required_else_help(true)
-        .subcommand(setup.add_flags(
-            Command::new("show").about("Each setting's value and where it came from").arg(json()),
-        ))
+        .subcommand(
+            setup.add_flags(Command::new("show").about("Each setting's value and where it came from").arg(json())),
+        )
         .subcommand(setup.add_flags(Command::new("schema").about("A JSON Schema of setu.toml, for editors")))
         .subcommand(setup.add_flags(Command::new("example").about("A setu.toml with every setting, commented")))
-        .subcommand(setup.add_flags(
-            Command::new("reference").about("Reference pages of all settings").arg(
-                Arg::new("out")
-                    .long("out")
-                    .value_name("DIR")
-                    .value_parser(value_parser!(std::path::PathBuf))
-                    .help("Write the pages into DIR instead of printing them"),
+        .subcommand(
+            setup.add_flags(
+                Command::new("reference").about("Reference pages of all settings").arg(
+                    Arg::new("out")
+                        .long("out")
+                        .value_name("DIR")
+                        .value_parser(value_parser!(std::path::PathBuf))
+                        .help("Write the pages into DIR instead of printing them"),
+                ),
             ),
-        ));
+        );
     let model = Command::new("model")
         .about("Fetch and look at models")
         .subcommand_required(true)
         .arg_required_else_help(true)
-        .subcommand(Command::new("pull").about("Fetch a model").arg(model_name("Path, Hub id or short name")).arg(json()))
+        .subcommand(
+            Command::new("pull").about("Fetch a model").arg(model_name("Path, Hub id or short name")).arg(json()),
+        )
         .subcommand(Command::new("list").about("List the catalogue and what was fetched").arg(json()))
         .subcommand(
             setup.add_flags(
@@ -190,9 +197,7 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand(plugins)
         .subcommand(config)
         .subcommand(model)
-        .subcommand(
-            Command::new("completions").about("Shell completions").arg(
-                Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(clap_complete::Shell)),
-            ),
-        )
+        .subcommand(Command::new("completions").about("Shell completions").arg(
+            Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(clap_complete::Shell)),
+        ))
 }

@@ -13,7 +13,8 @@ use setu_engine::checkpoint::Checkpoint;
 use setu_engine::config::{EngineConfig, KvConfig, ParallelConfig};
 use setu_engine::core::{Parts, Settings as CoreSettings};
 use setu_engine::text::{
-    ChatInput, ChatTemplate, ChatValue, DetokenizeOptions, Detokenizer, EncodeOptions, StopMatcher, TextStream, Tokenizer,
+    ChatInput, ChatTemplate, ChatValue, DetokenizeOptions, Detokenizer, EncodeOptions, StopMatcher, TextStream,
+    Tokenizer,
 };
 use setu_engine::{Engine, Guarded, Health, ModelText, Request, Session, TextSink, load};
 
@@ -172,8 +173,7 @@ impl Serving {
             eos: tokenizer.eos_ids().to_vec(),
             keep_alive: vec![Box::new(model.checkpoint.clone()), Box::new(backend)],
         };
-        let core_settings =
-            CoreSettings { engine: engine_config, kv: kv_config, max_model_len: loaded.max_model_len };
+        let core_settings = CoreSettings { engine: engine_config, kv: kv_config, max_model_len: loaded.max_model_len };
         let engine = Engine::start(parts, core_settings)?;
         let load_s = started.elapsed().as_secs_f64();
         Ok(Serving { engine, model, tokenizer, template, weight_bytes, timings, load_s })

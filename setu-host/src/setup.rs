@@ -23,15 +23,8 @@ use crate::logging;
 use crate::settings::{LogConfig, ModelConfig, RootConfig, SamplingConfig};
 
 /// Environment variables with the prefix `SETU_` that are not settings.
-const OTHER_VARIABLES: &[&str] = &[
-    "SETU_CONFIG",
-    "SETU_CACHE",
-    "SETU_OFFLINE",
-    "SETU_PIP",
-    "SETU_UPDATE",
-    "SETU_TEST_MODEL",
-    "SETU_TEST_NETWORK",
-];
+const OTHER_VARIABLES: &[&str] =
+    &["SETU_CONFIG", "SETU_CACHE", "SETU_OFFLINE", "SETU_PIP", "SETU_UPDATE", "SETU_TEST_MODEL", "SETU_TEST_NETWORK"];
 
 /// The sections whose `type` can be given as a flag of their name.
 const POLYMORPHIC: &[&str] = &["scheduler", "batcher", "model", "backend"];
@@ -115,7 +108,17 @@ impl Setup {
 fn verbosity(args: &[OsString]) -> usize {
     let short = |arg: &str| arg.starts_with('-') && arg.len() > 1 && arg[1..].bytes().all(|byte| byte == b'v');
     let before_end = args.iter().map_while(|arg| arg.to_str().filter(|&arg| arg != "--"));
-    before_end.map(|arg| if arg == "--verbose" { 1 } else if short(arg) { arg.len() - 1 } else { 0 }).sum()
+    before_end
+        .map(|arg| {
+            if arg == "--verbose" {
+                1
+            } else if short(arg) {
+                arg.len() - 1
+            } else {
+                0
+            }
+        })
+        .sum()
 }
 
 /// What can be configured, given what was found.
@@ -132,7 +135,8 @@ fn layout(registries: &Registries, folders: &[PathBuf], plugins: &PluginReport) 
     }
     let default = |key: &str| TypeChoice::Default(key.to_owned());
     let mut layout = Layout::new(RootConfig::spec());
-    let mut model = section("The model, and the component that builds its graph.", TypeChoice::Later, &registries.models);
+    let mut model =
+        section("The model, and the component that builds its graph.", TypeChoice::Later, &registries.models);
     model.own = ModelConfig::spec();
     layout.sections = vec![
         model,

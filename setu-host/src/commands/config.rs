@@ -18,7 +18,7 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
             let pages = reference(&setup.layout);
             match matches.get_one::<PathBuf>("out") {
                 Some(folder) => write_pages(folder, &pages)?,
-                None => pages.values().for_each(|page| print_line(page)),
+                None => pages.values().for_each(print_line),
             }
         }
         _ => {

@@ -35,7 +35,8 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
     let started = Instant::now();
     let sessions = serving.add(ids, params)?;
     let answers = if json { collect(&sessions) } else { stream(&sessions) };
-    let first_token_s = answers.iter().filter_map(|answer| answer.first_token).min().map(|at| (at - started).as_secs_f64());
+    let first_token_s =
+        answers.iter().filter_map(|answer| answer.first_token).min().map(|at| (at - started).as_secs_f64());
     let total_s = started.elapsed().as_secs_f64();
     if json {
         let choices: Vec<Value> = answers.iter().map(|answer| answer.to_json(&serving)).collect();

@@ -30,7 +30,8 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
     let tokens = serving.encode(&text, false)?;
     let bos = if matches.get_flag("bos") { Some(serving.bos()?) } else { None };
     let body = window - usize::from(bos.is_some());
-    let mut windows: Vec<Vec<u32>> = tokens.chunks(body).map(|part| bos.iter().chain(part).copied().collect()).collect();
+    let mut windows: Vec<Vec<u32>> =
+        tokens.chunks(body).map(|part| bos.iter().chain(part).copied().collect()).collect();
     if !matches.get_flag("keep-last") {
         windows.retain(|part| part.len() == window);
     }
@@ -75,7 +76,10 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
         }
     }
     print_line(format_args!("text         {} tokens", tokens.len()));
-    print_line(format_args!("scored       {} tokens in {n_windows} windows of {window}, from token {scored_from}", scored.len()));
+    print_line(format_args!(
+        "scored       {} tokens in {n_windows} windows of {window}, from token {scored_from}",
+        scored.len()
+    ));
     print_line(format_args!("mean NLL     {mean_nll:.5}"));
     print_line(format_args!("perplexity   {perplexity:.4}"));
     Ok(())

@@ -12,10 +12,8 @@ use setu_engine::text::EncodeOptions;
 pub fn main(matches: &ArgMatches, settings: Settings) -> Result<(), Failure> {
     let text = text_or_stdin(matches.get_one::<String>("text").map_or("", String::as_str))?;
     let tokenizer = OpenModel::open(&settings, None)?.text()?.tokenizer;
-    let options = EncodeOptions {
-        add_special: matches.get_flag("add-special"),
-        parse_special: !matches.get_flag("no-special"),
-    };
+    let options =
+        EncodeOptions { add_special: matches.get_flag("add-special"), parse_special: !matches.get_flag("no-special") };
     let ids = tokenizer.encode(&text, options)?;
     if matches.get_flag("json") {
         let tokens: Vec<_> = ids.iter().map(|&id| json!({ "id": id, "text": piece(&tokenizer, id) })).collect();
