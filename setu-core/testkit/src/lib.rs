@@ -2,7 +2,7 @@
 //!
 //! - [`backend`]: a conformance suite for backends;
 //! - [`views`]: step views for tests of schedulers and batchers, and their decisions as plain data;
-//! - [`reference`]: what a graph means, in f64, with tensors of every format from [`blocks`] and [`weights`];
+//! - [`mod@reference`]: what a graph means, in f64, with tensors of every format from [`blocks`] and [`weights`];
 //! - [`plain`]: the reference as a backend that checks what an engine does with pages, for its tests;
 //! - [`steps`]: steps as owned data.
 
