@@ -1,22 +1,29 @@
 //! Threads that run a whole step together.
 //!
-//! A step has some hundred phases of a few microseconds, so threads are woken once a step and meet at a
-//! barrier between phases. Whoever waits spins first, because the others are microseconds away, and gives
-//! its core up when they aren't: cores may be shared with other processes. Between steps threads
-//! spin for a moment and then sleep.
+//! A step has some hundred phases of a few microseconds, so threads are woken once a step and share out the
+//! tasks of one phase after the other. A phase ends when its tasks are done, not when all threads have come:
+//! where cores are shared with other processes, a thread that has lost its core holds nobody up
+//! unless it was in the middle of a task, and skips what was done without it. Whoever waits for the last task
+//! spins first, because it takes microseconds, and then offers its core to others. Between steps threads spin
+//! for a moment and then sleep.
 
+use std::cell::Cell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use setu_core::{Error, Result};
 
-/// Looks at the barrier before a waiting thread offers its core to others.
+/// Looks at a phase's state before a waiting thread offers its core to others.
 const SPINS: u32 = 4_000;
 /// How long a thread stays awake without work.
 const IDLE: Duration = Duration::from_micros(150);
+
+/// Set in the gate of a job that is over.
+const CLOSED: u32 = 1 << 31;
 
 /// A caller's thread and its helpers.
 #[derive(Debug)]
@@ -31,24 +38,25 @@ struct Shared {
     /// Counts jobs; a helper runs when it changes.
     epoch: AtomicU32,
     job: AtomicPtr<Job<'static>>,
-    /// Helpers still at work on the job.
-    working: AtomicUsize,
+    /// Helpers at work on the job, and [`CLOSED`] when it takes no more.
+    gate: AtomicU32,
     closing: AtomicBool,
     sleeping: Vec<AtomicBool>,
 }
 
 /// What a job does on each thread.
 struct Job<'a> {
-    run: &'a (dyn Fn(Worker<'_>) + Sync),
+    run: &'a (dyn Fn(&Worker<'_>) + Sync),
 }
 
-/// The threads' meeting point.
+/// How far the job is.
 #[derive(Debug)]
 struct Team {
     threads: usize,
-    arrived: Padded<AtomicUsize>,
-    generation: Padded<AtomicU32>,
-    next_task: Padded<AtomicUsize>,
+    /// The phase's number in the high half, its first task that nobody has taken in the low one.
+    state: Padded<AtomicU64>,
+    /// Tasks of the phase that are done.
+    done: Padded<AtomicUsize>,
     failed: AtomicBool,
 }
 
@@ -58,10 +66,12 @@ struct Team {
 struct Padded<T>(T);
 
 /// A thread of a running job.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Worker<'a> {
     pub index: usize,
     team: &'a Team,
+    /// The phase that this thread comes to next.
+    phase: Cell<u32>,
 }
 
 /// Unwinds a thread whose team has failed; the job's caller sees the first panic instead.
@@ -72,38 +82,49 @@ impl Worker<'_> {
         self.team.threads
     }
 
-    /// The next `grain` of `total` tasks of this phase that nobody has taken, or `None` if all are taken.
-    pub fn claim(&self, total: usize, grain: usize) -> Option<std::ops::Range<usize>> {
-        let start = self.team.next_task.0.fetch_add(grain, Ordering::Relaxed);
-        (start < total).then(|| start..total.min(start + grain))
-    }
-
-    /// Waits until all threads are here. What they wrote before it, all see after it; tasks are counted anew.
-    pub fn barrier(&self) {
-        let team = self.team;
-        if team.threads == 1 {
-            team.next_task.0.store(0, Ordering::Relaxed);
-            return;
-        }
-        let generation = team.generation.0.load(Ordering::Relaxed);
-        if team.arrived.0.fetch_add(1, Ordering::AcqRel) + 1 == team.threads {
-            team.arrived.0.store(0, Ordering::Relaxed);
-            team.next_task.0.store(0, Ordering::Relaxed);
-            team.generation.0.store(generation.wrapping_add(1), Ordering::Release);
-            return;
-        }
+    /// A phase of the job: `total` tasks, which threads take `grain` at a time. Returns when all are done; what they
+    /// wrote, all threads see from then on.
+    ///
+    /// Every thread of the job makes the same sequence of calls. A thread may be late and find its phase over, so
+    /// memory that phases write may be read in tasks only, and `total` must come from elsewhere or from atomics.
+    pub fn share(&self, total: usize, grain: usize, mut run: impl FnMut(Range<usize>)) {
+        let (team, phase) = (self.team, self.phase.get());
+        self.phase.set(phase + 1);
+        let (this, next_phase) = (u64::from(phase) << 32, u64::from(phase + 1) << 32);
         let mut spins = 0;
-        while team.generation.0.load(Ordering::Acquire) == generation {
-            spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop();
-                continue;
+        loop {
+            let state = team.state.0.load(Ordering::Acquire);
+            if state >> 32 != this >> 32 {
+                return;
             }
-            // A thread that panicked never arrives.
-            if team.failed.load(Ordering::Relaxed) {
-                resume_unwind(Box::new(TeamFailed));
+            let start = (state - this) as usize;
+            if start < total {
+                let end = total.min(start + grain);
+                let taken = this + end as u64;
+                if team.state.0.compare_exchange_weak(state, taken, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                    continue;
+                }
+                run(start..end);
+                spins = 0;
+                if team.done.0.fetch_add(end - start, Ordering::AcqRel) + (end - start) == total {
+                    team.done.0.store(0, Ordering::Relaxed);
+                    team.state.0.store(next_phase, Ordering::Release);
+                    return;
+                }
+            } else if total == 0 {
+                // Whoever comes first ends the phase.
+                let _ = team.state.0.compare_exchange(state, next_phase, Ordering::AcqRel, Ordering::Relaxed);
+            } else {
+                spins += 1;
+                if spins < SPINS {
+                    std::hint::spin_loop();
+                } else if team.failed.load(Ordering::Relaxed) {
+                    // The task of a thread that panicked is never done.
+                    resume_unwind(Box::new(TeamFailed));
+                } else {
+                    std::thread::yield_now();
+                }
             }
-            std::thread::yield_now();
         }
     }
 }
@@ -118,14 +139,13 @@ impl Pool {
         let shared = Arc::new(Shared {
             team: Team {
                 threads: helpers + 1,
-                arrived: Padded::default(),
-                generation: Padded::default(),
-                next_task: Padded::default(),
+                state: Padded::default(),
+                done: Padded::default(),
                 failed: AtomicBool::new(false),
             },
             epoch: AtomicU32::new(0),
             job: AtomicPtr::new(std::ptr::null_mut()),
-            working: AtomicUsize::new(0),
+            gate: AtomicU32::new(CLOSED),
             closing: AtomicBool::new(false),
             sleeping: (0..helpers).map(|_| AtomicBool::new(false)).collect(),
         });
@@ -145,14 +165,14 @@ impl Pool {
     ///
     /// # Panics
     /// With the first panic of the job.
-    pub fn run(&mut self, job: impl Fn(Worker<'_>) + Sync) {
+    pub fn run(&mut self, job: impl Fn(&Worker<'_>) + Sync) {
         let shared = &*self.shared;
         let mut job = Job { run: &job };
-        shared.team.arrived.0.store(0, Ordering::Relaxed);
-        shared.team.next_task.0.store(0, Ordering::Relaxed);
+        shared.team.state.0.store(0, Ordering::Relaxed);
+        shared.team.done.0.store(0, Ordering::Relaxed);
         shared.team.failed.store(false, Ordering::Relaxed);
-        shared.working.store(self.helpers.len(), Ordering::Relaxed);
         shared.job.store((&raw mut job).cast(), Ordering::Relaxed);
+        shared.gate.store(0, Ordering::Release);
         shared.epoch.fetch_add(1, Ordering::SeqCst);
         for (helper, sleeping) in self.helpers.iter().zip(&shared.sleeping) {
             if sleeping.swap(false, Ordering::SeqCst) {
@@ -160,8 +180,10 @@ impl Pool {
             }
         }
         let mine = shared.work(&job, 0);
+        // Helpers that haven't come yet needn't any more.
+        shared.gate.fetch_or(CLOSED, Ordering::AcqRel);
         let mut spins = 0;
-        while shared.working.load(Ordering::Acquire) > 0 {
+        while shared.gate.load(Ordering::Acquire) != CLOSED {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -184,16 +206,28 @@ impl Shared {
                 return;
             }
             seen = epoch;
-            // SAFETY: `run` stored a job before it counted the epoch up, and stays until `working` is 0.
+            if !self.enter() {
+                continue;
+            }
+            // This job may be a later one; none comes while this thread is inside.
+            seen = self.epoch.load(Ordering::Acquire);
+            // SAFETY: `run` stores a job before it opens the gate, and stays until those who entered have left.
             let job = unsafe { &*self.job.load(Ordering::Relaxed) };
             // The caller reports a panic; its message was printed by the panic hook.
             drop(self.work(job, index));
-            self.working.fetch_sub(1, Ordering::Release);
+            self.gate.fetch_sub(1, Ordering::Release);
         }
     }
 
+    /// Takes part in the job, if it is still open.
+    fn enter(&self) -> bool {
+        let entered = |gate: u32| (gate & CLOSED == 0).then_some(gate + 1);
+        self.gate.fetch_update(Ordering::AcqRel, Ordering::Relaxed, entered).is_ok()
+    }
+
     fn work(&self, job: &Job<'_>, index: usize) -> std::thread::Result<()> {
-        let result = catch_unwind(AssertUnwindSafe(|| (job.run)(Worker { index, team: &self.team })));
+        let result =
+            catch_unwind(AssertUnwindSafe(|| (job.run)(&Worker { index, team: &self.team, phase: Cell::new(0) })));
         if result.is_err() {
             self.team.failed.store(true, Ordering::Relaxed);
         }
@@ -241,20 +275,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_task_runs_once_and_barriers_order_phases() {
+    fn every_task_runs_once_and_phases_follow_one_another() {
         for threads in [1, 2, 3, 8] {
             let mut pool = Pool::new(threads).unwrap();
-            for _ in 0..50 {
+            for round in 0..50 {
                 let counts: Vec<AtomicUsize> = (0..37).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(|worker| {
                     for phase in 0..40 {
-                        while let Some(tasks) = worker.claim(counts.len(), 3) {
+                        worker.share(counts.len(), 1 + round % 5, |tasks| {
                             for task in tasks {
                                 // A task seen out of phase would have been counted too often or too rarely.
                                 assert_eq!(counts[task].fetch_add(1, Ordering::Relaxed), phase);
                             }
-                        }
-                        worker.barrier();
+                        });
+                        worker.share(0, 1, |_| panic!("there are no tasks"));
                     }
                 });
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 40));
@@ -264,35 +298,41 @@ mod tests {
 
     #[test]
     fn sleepers_wake() {
-        let mut pool = Pool::new(3).unwrap();
+        let mut pool = Pool::new(2).unwrap();
         for pause_us in [0, 50, 150, 1000, 20_000] {
             std::thread::sleep(Duration::from_micros(pause_us));
-            let ran = AtomicUsize::new(0);
+            let met = AtomicUsize::new(0);
             pool.run(|worker| {
-                worker.barrier();
-                ran.fetch_add(1, Ordering::Relaxed);
+                // Two tasks that wait for each other need two threads.
+                worker.share(2, 1, |_| {
+                    met.fetch_add(1, Ordering::SeqCst);
+                    while met.load(Ordering::SeqCst) < 2 {
+                        std::thread::yield_now();
+                    }
+                });
             });
-            assert_eq!(ran.load(Ordering::Relaxed), 3);
+            assert_eq!(met.load(Ordering::Relaxed), 2);
         }
     }
 
     #[test]
     fn a_panic_ends_the_job_and_not_the_pool() {
         let mut pool = Pool::new(3).unwrap();
-        for guilty in 0..3 {
+        for guilty in 0..30 {
             let job = AssertUnwindSafe(|| {
                 pool.run(|worker| {
-                    assert!(worker.index != guilty, "thread {guilty} fails");
-                    worker.barrier();
+                    worker.share(30, 1, |tasks| assert!(tasks.start != guilty, "task {guilty} fails"));
+                    worker.share(30, 1, |_| {});
                 });
             });
             assert!(catch_unwind(job).is_err());
             let ran = AtomicUsize::new(0);
             pool.run(|worker| {
-                worker.barrier();
-                ran.fetch_add(1, Ordering::Relaxed);
+                worker.share(30, 1, |_| {
+                    ran.fetch_add(1, Ordering::Relaxed);
+                });
             });
-            assert_eq!(ran.load(Ordering::Relaxed), 3);
+            assert_eq!(ran.load(Ordering::Relaxed), 30);
         }
     }
 }

@@ -4,10 +4,12 @@
 //! multiplies successive places. The results of a row's places are summed in the order of experts.
 
 use std::ops::Range;
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use setu_core::Result;
 
-use super::{Compiled, Rows, ThreadSpace, grain, output};
+use super::{Compiled, Rows, grain, output};
 use crate::matmul::{Activations, ROWS};
 use crate::memory::Matrix;
 use crate::ops::elementwise;
@@ -27,11 +29,15 @@ pub(super) struct ExpertSpace {
     gate: Matrix,
     up: Matrix,
     down: Matrix,
+    routed: RwLock<Routed>,
+    /// Places, and experts that have some: what threads that come late may read at any time.
+    places: AtomicUsize,
+    busy_experts: AtomicUsize,
 }
 
-/// A thread's view of who is routed where; every thread makes the same.
+/// Who is routed where.
 #[derive(Debug, Default)]
-pub(super) struct Routed {
+struct Routed {
     /// Row and weight of each place.
     places: Vec<(usize, f32)>,
     /// Experts with places.
@@ -67,6 +73,9 @@ impl ExpertSpace {
             gate: Matrix::zeroed(places, ffn, "experts")?,
             up: Matrix::zeroed(places, ffn, "experts")?,
             down: Matrix::zeroed(places, cols, "experts")?,
+            routed: RwLock::default(),
+            places: AtomicUsize::new(0),
+            busy_experts: AtomicUsize::new(0),
         }))
     }
 }
@@ -96,36 +105,44 @@ impl Routed {
             }
         }
     }
+
+    /// Calls `run` with expert, places and row blocks for `claimed` of all experts' row blocks, `blocks` each.
+    fn each_expert(&self, mut claimed: Range<usize>, blocks: usize, run: impl Fn(usize, Range<usize>, Range<usize>)) {
+        while claimed.start < claimed.end {
+            let (expert, places) = &self.experts[claimed.start / blocks];
+            let start = claimed.start % blocks;
+            let end = blocks.min(start + claimed.len());
+            run(*expert, places.clone(), start..end);
+            claimed.start += end - start;
+        }
+    }
 }
 
 impl Compiled {
-    pub(super) fn experts(&self, node: &Experts, rows: Rows<'_>, worker: &Worker<'_>, space: &mut ThreadSpace) {
+    pub(super) fn experts(&self, node: &Experts, rows: Rows<'_>, worker: &Worker<'_>) {
         let Some(memory) = &self.experts else { return };
         for start in (0..rows.count).step_by(memory.rows) {
-            let some = start..rows.count.min(start + memory.rows);
-            let experts = node.matrices.len();
-            space
-                .routed
-                .fill(some.clone(), memory.places_per_row, |row| self.read(&node.routing, rows, row, 0..experts));
-            self.some_rows(node, some, rows, memory, worker, &space.routed);
+            self.some_rows(node, start..rows.count.min(start + memory.rows), rows, memory, worker);
         }
     }
 
-    fn some_rows(
-        &self,
-        node: &Experts,
-        some: Range<usize>,
-        rows: Rows<'_>,
-        memory: &ExpertSpace,
-        worker: &Worker<'_>,
-        routed: &Routed,
-    ) {
-        let places = routed.places.len();
+    fn some_rows(&self, node: &Experts, some: Range<usize>, rows: Rows<'_>, memory: &ExpertSpace, worker: &Worker<'_>) {
         let [gate_input, up_input, down_input] = node.activations;
-        while let Some(claimed) = worker.claim(places, grain(places, worker, 4)) {
+        worker.share(1, 1, |_| {
+            let mut routed = memory.routed.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let experts = node.matrices.len();
+            routed.fill(some.clone(), memory.places_per_row, |row| self.read(&node.routing, rows, row, 0..experts));
+            memory.places.store(routed.places.len(), Ordering::Relaxed);
+            memory.busy_experts.store(routed.experts.len(), Ordering::Relaxed);
+        });
+        let places = memory.places.load(Ordering::Relaxed);
+        let busy_experts = memory.busy_experts.load(Ordering::Relaxed);
+        let routed = || memory.routed.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        worker.share(places, grain(places, worker, 4), |claimed| {
+            let routed = routed();
             for place in claimed {
                 let input = self.read(&node.input, rows, routed.places[place].0, 0..node.input.cols);
-                // SAFETY: a place's input is one thread's.
+                // SAFETY: a place's input is one task's.
                 unsafe {
                     memory.inputs[gate_input].quantize_shared(self.isa, place, 0, input);
                     if up_input != gate_input {
@@ -133,78 +150,59 @@ impl Compiled {
                     }
                 }
             }
-        }
-        worker.barrier();
-        self.each_expert(node.ffn, routed, worker, |expert, places, blocks| {
-            let cols = blocks.start * ROWS..node.ffn.min(blocks.end * ROWS);
-            let [gate, up, _] = node.matrices[expert].map(|matrix| &self.matrices[matrix]);
-            // SAFETY: the inputs are only read since the barrier; these columns of these places are this thread's.
-            unsafe {
-                let gate_out = output(&memory.gate, places.end);
-                let up_out = output(&memory.up, places.end);
-                node.kernels[0].run(gate, &memory.inputs[gate_input], places.clone(), blocks.clone(), gate_out);
-                node.kernels[1].run(up, &memory.inputs[up_input], places.clone(), blocks, up_out);
-                for place in places {
-                    let gate = memory.gate.row_mut(place, cols.clone());
-                    elementwise::gate(self.vectors, node.kind, gate, memory.up.row(place, cols.clone()));
-                }
-            }
         });
-        worker.barrier();
-        while let Some(claimed) = worker.claim(places, grain(places, worker, 4)) {
+        let blocks = node.ffn.div_ceil(ROWS);
+        worker.share(blocks * busy_experts, grain(blocks * busy_experts, worker, 8), |claimed| {
+            routed().each_expert(claimed, blocks, |expert, places, blocks| {
+                let cols = blocks.start * ROWS..node.ffn.min(blocks.end * ROWS);
+                let [gate, up, _] = node.matrices[expert].map(|matrix| &self.matrices[matrix]);
+                // SAFETY: the inputs are only read since they were prepared; these columns of these places are this task's.
+                unsafe {
+                    let gate_out = output(&memory.gate, places.end);
+                    let up_out = output(&memory.up, places.end);
+                    node.kernels[0].run(gate, &memory.inputs[gate_input], places.clone(), blocks.clone(), gate_out);
+                    node.kernels[1].run(up, &memory.inputs[up_input], places.clone(), blocks, up_out);
+                    for place in places {
+                        let gate = memory.gate.row_mut(place, cols.clone());
+                        elementwise::gate(self.vectors, node.kind, gate, memory.up.row(place, cols.clone()));
+                    }
+                }
+            });
+        });
+        worker.share(places, grain(places, worker, 4), |claimed| {
             for place in claimed {
-                // SAFETY: a place's input is one thread's; what is read was written before the barrier.
+                // SAFETY: a place's input is one task's; what is read was written in the phase before.
                 unsafe {
                     let inner = memory.gate.row(place, 0..node.ffn);
                     memory.inputs[down_input].quantize_shared(self.isa, place, 0, inner);
                 }
             }
-        }
-        worker.barrier();
-        self.each_expert(node.out.cols, routed, worker, |expert, places, blocks| {
-            let down = &self.matrices[node.matrices[expert][2]];
-            // SAFETY: as above.
-            unsafe {
-                let out = output(&memory.down, places.end);
-                node.kernels[2].run(down, &memory.inputs[down_input], places, blocks, out);
-            }
         });
-        worker.barrier();
-        while let Some(claimed) = worker.claim(some.len(), grain(some.len(), worker, 4)) {
+        let blocks = node.out.cols.div_ceil(ROWS);
+        worker.share(blocks * busy_experts, grain(blocks * busy_experts, worker, 8), |claimed| {
+            routed().each_expert(claimed, blocks, |expert, places, blocks| {
+                let down = &self.matrices[node.matrices[expert][2]];
+                // SAFETY: as above.
+                unsafe {
+                    let out = output(&memory.down, places.end);
+                    node.kernels[2].run(down, &memory.inputs[down_input], places, blocks, out);
+                }
+            });
+        });
+        worker.share(some.len(), grain(some.len(), worker, 4), |claimed| {
+            let routed = routed();
             for row in claimed {
                 let out = self.write(&node.out, some.start + row, 0..node.out.cols);
                 out.fill(0.0);
                 for &place in &routed.of_row[row] {
                     let weight = routed.places[place].1;
-                    // SAFETY: written before the barrier.
+                    // SAFETY: written in the phase before.
                     let result = unsafe { memory.down.row(place, 0..node.out.cols) };
                     for (out, x) in out.iter_mut().zip(result) {
                         *out += weight * x;
                     }
                 }
             }
-        }
-        worker.barrier();
-    }
-
-    /// Shares out the row blocks of `cols` columns of all experts that have places.
-    fn each_expert(
-        &self,
-        cols: usize,
-        routed: &Routed,
-        worker: &Worker<'_>,
-        run: impl Fn(usize, Range<usize>, Range<usize>),
-    ) {
-        let blocks = cols.div_ceil(ROWS);
-        let total = blocks * routed.experts.len();
-        while let Some(mut claimed) = worker.claim(total, grain(total, worker, 8)) {
-            while claimed.start < claimed.end {
-                let (expert, places) = &routed.experts[claimed.start / blocks];
-                let start = claimed.start % blocks;
-                let end = blocks.min(start + claimed.len());
-                run(*expert, places.clone(), start..end);
-                claimed.start += end - start;
-            }
-        }
+        });
     }
 }

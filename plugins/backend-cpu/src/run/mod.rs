@@ -1,8 +1,9 @@
 //! Running a step: every thread goes through the plan's phases and takes its share of each.
 //!
 //! All memory that phases touch belongs to [`Compiled`]. Two rules make the shared writes sound: within a phase
-//! every element is written by one thread and read by no other, and a barrier lies between phases. A phase of
-//! rows shares out rows, a matmul columns, attention tiles.
+//! every element is written by one task and read by no other, and a phase begins when the one before it is done. Since
+//! a thread may come late to a phase, shared memory is read and written in tasks only. A phase of rows shares out
+//! rows, a matmul columns, attention tiles.
 
 mod experts;
 
@@ -65,7 +66,6 @@ struct ThreadSpace {
     attention: attention::Scratch,
     sampler: sampler::Scratch,
     chosen: Vec<(usize, f32)>,
-    routed: experts::Routed,
 }
 
 /// The rows that a phase runs for.
@@ -117,7 +117,6 @@ impl Compiled {
                 attention: attention::Scratch::default(),
                 sampler: sampler::Scratch::default(),
                 chosen: Vec::new(),
-                routed: experts::Routed::default(),
             }))
         };
         let tiling = |key: &attention::TilingKey| Tiling::new(*key, pages.groups[key.kv_group].window);
@@ -183,57 +182,44 @@ impl Compiled {
     ///
     /// # Safety
     /// All threads of one team call this with the same arguments, after one [`prepare`](Compiled::prepare) for it.
-    pub unsafe fn run(&self, step: &StepData, outputs: &Outputs, sampled: &[AtomicU32], worker: Worker<'_>) {
+    pub unsafe fn run(&self, step: &StepData, outputs: &Outputs, sampled: &[AtomicU32], worker: &Worker<'_>) {
         let mut space = self.threads[worker.index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let space = &mut *space;
         let all = Rows { count: step.tokens(), tokens: None };
         if all.count > 0 {
-            self.angles(step, &worker);
-            worker.barrier();
-            for phase in &self.plan.body {
-                self.phase(phase, step, all, &worker, space);
-                worker.barrier();
-            }
+            self.angles(step, worker);
+            self.plan.body.iter().for_each(|phase| self.phase(phase, step, all, worker, space));
         }
-        let mut first = 0;
-        while first < step.wants.len() {
-            let count = self.tail_rows.min(step.wants.len() - first);
-            let rows = Rows { count, tokens: Some(&step.want_tokens[first..first + count]) };
-            for phase in &self.plan.tail {
-                self.phase(phase, step, rows, &worker, space);
-                worker.barrier();
-            }
-            self.sample(step, first..first + count, outputs, sampled, &worker, space);
-            worker.barrier();
-            first += count;
+        for first in (0..step.wants.len()).step_by(self.tail_rows) {
+            let wants = first..step.wants.len().min(first + self.tail_rows);
+            let rows = Rows { count: wants.len(), tokens: Some(&step.want_tokens[wants.clone()]) };
+            self.plan.tail.iter().for_each(|phase| self.phase(phase, step, rows, worker, space));
+            self.sample(step, wants, outputs, sampled, worker, space);
         }
     }
 
     fn angles(&self, step: &StepData, worker: &Worker<'_>) {
-        let tokens = step.tokens();
-        while let Some(tokens) = worker.claim(tokens, grain(tokens, worker, 4)) {
+        worker.share(step.tokens(), grain(step.tokens(), worker, 4), |tokens| {
             for token in tokens {
                 for (rope, angles) in self.ropes.iter().zip(&self.angles) {
-                    // SAFETY: a token's angles are one thread's.
+                    // SAFETY: a token's angles are one task's.
                     let out = unsafe { angles.row_mut(token, 0..2 * rope.inv_freq.len()) };
                     rope::angles(rope, step.token_position(token) as u32, out);
                 }
             }
-        }
+        });
     }
 
     fn phase(&self, phase: &Phase, step: &StepData, rows: Rows<'_>, worker: &Worker<'_>, space: &mut ThreadSpace) {
         match phase {
-            Phase::Rows(ops) => {
-                while let Some(claimed) = worker.claim(rows.count, grain(rows.count, worker, 4)) {
-                    for row in claimed {
-                        ops.iter().for_each(|op| self.row_op(op, step, rows, row, space));
-                    }
+            Phase::Rows(ops) => worker.share(rows.count, grain(rows.count, worker, 4), |claimed| {
+                for row in claimed {
+                    ops.iter().for_each(|op| self.row_op(op, step, rows, row, space));
                 }
-            }
+            }),
             Phase::Matmul(matmul) => self.matmul(matmul, rows, worker, space),
             Phase::Attention(phase) => self.attention(phase, step, worker, space),
-            Phase::Experts(experts) => self.experts(experts, rows, worker, space),
+            Phase::Experts(experts) => self.experts(experts, rows, worker),
         }
     }
 
@@ -258,7 +244,7 @@ impl Compiled {
     /// An operand's row `row` of the phase.
     fn read(&self, operand: &Operand, rows: Rows<'_>, row: usize, cols: Range<usize>) -> &[f32] {
         let row = rows.of(operand, row);
-        // SAFETY: what a phase reads was written before the last barrier, or in this phase by this thread; in-place
+        // SAFETY: called in tasks; what a phase reads was written in earlier ones, or in this one by this task; in-place
         // ops never read through this what they write.
         unsafe { self.buffers[operand.buffer].row(row, cols) }
     }
@@ -266,7 +252,7 @@ impl Compiled {
     /// Row `row` of a phase's output.
     #[allow(clippy::mut_from_ref, reason = "threads write disjoint parts of shared buffers")]
     fn write(&self, operand: &Operand, row: usize, cols: Range<usize>) -> &mut [f32] {
-        // SAFETY: the phase gave these elements to this thread, which holds no other slice of them.
+        // SAFETY: called in tasks; the phase gave these elements to this one, which holds no other slice of them.
         unsafe { self.buffers[operand.buffer].row_mut(row, cols) }
     }
 
@@ -291,7 +277,7 @@ impl Compiled {
             RowKind::Rope { rotation, head_dim } => {
                 out.copy_from_slice(input(0..out.len()));
                 let token = rows.tokens.map_or(row, |tokens| tokens[row] as usize);
-                // SAFETY: angles are only read since the first barrier.
+                // SAFETY: angles are only read since the first phase.
                 let angles = unsafe { self.angles[rotation.table].row(token, 0..step.angle_cols(rotation.table)) };
                 for head in out.chunks_exact_mut(*head_dim) {
                     rope::rotate(vectors, rotation.style, head, angles);
@@ -337,19 +323,21 @@ impl Compiled {
                 unsafe { inputs[activation].quantize_shared(self.isa, row, 0, input) };
             }
         };
-        let inputs = if rows.count <= PRIVATE_ROWS {
-            (0..rows.count).for_each(|row| prepare(row, &space.inputs));
-            &space.inputs
-        } else {
-            while let Some(claimed) = worker.claim(rows.count, grain(rows.count, worker, 4)) {
+        let private = rows.count <= PRIVATE_ROWS;
+        if !private {
+            worker.share(rows.count, grain(rows.count, worker, 4), |claimed| {
                 claimed.for_each(|row| prepare(row, &self.inputs));
-            }
-            worker.barrier();
-            &self.inputs
-        };
+            });
+        }
+        let inputs = if private { &space.inputs } else { &self.inputs };
+        let mut prepared = !private;
         let total = matmul.bundles.iter().map(|bundle| bundle.cols.div_ceil(ROWS)).sum();
-        let shares = if rows.count <= PRIVATE_ROWS { 6 } else { 16 };
-        while let Some(claimed) = worker.claim(total, grain(total, worker, shares)) {
+        let shares = if private { 6 } else { 16 };
+        worker.share(total, grain(total, worker, shares), |claimed| {
+            if !prepared {
+                (0..rows.count).for_each(|row| prepare(row, inputs));
+                prepared = true;
+            }
             let mut start = 0;
             for bundle in &matmul.bundles {
                 let end = start + bundle.cols.div_ceil(ROWS);
@@ -381,7 +369,7 @@ impl Compiled {
                 }
                 start = end;
             }
-        }
+        });
     }
 
     /// A buffer as a kernel's output.
@@ -402,18 +390,18 @@ impl Compiled {
             let want = step.wants[index];
             want.has(Want::SAMPLE).then(|| step.slot(want.row as usize))
         };
-        while let Some(claimed) = worker.claim(wants.len(), 1) {
+        worker.share(wants.len(), 1, |claimed| {
             let first = wants.start + claimed.start;
             let slot = slot_of(first);
-            // A slot that is sampled several times belongs to the thread that has its first want.
+            // A slot that is sampled several times belongs to the task that has its first want.
             if slot.is_some() && (wants.start..first).any(|earlier| slot_of(earlier) == slot) {
-                continue;
+                return;
             }
             for index in first..wants.end {
                 if index != first && (slot.is_none() || slot_of(index) != slot) {
                     continue;
                 }
-                // SAFETY: the logits were written before the last barrier, and this want is this thread's.
+                // SAFETY: the logits were written in the phase before, and this want is this task's.
                 unsafe {
                     let logits = self.buffers[self.plan.logits].row(index - wants.start, 0..self.vocab);
                     let (vectors, scratch) = (self.vectors, &mut space.sampler);
@@ -423,7 +411,7 @@ impl Compiled {
                     }
                 }
             }
-        }
+        });
     }
 }
 

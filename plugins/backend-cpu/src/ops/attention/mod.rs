@@ -146,7 +146,7 @@ pub struct Io<'a> {
 }
 
 impl Attention {
-    /// Runs the node on this thread's share, barriers between its parts included.
+    /// Runs the node's phases.
     ///
     /// # Safety
     /// All threads of the team call this with the same arguments; until they are through nobody else touches
@@ -175,23 +175,21 @@ impl Attention {
         let store_first = step.has_chunks();
         if store_first {
             let tokens = step.tokens();
-            while let Some(tokens) = worker.claim(tokens, (tokens / (4 * worker.threads())).max(1)) {
+            worker.share(tokens, (tokens / (4 * worker.threads())).max(1), |tokens| {
                 for token in tokens {
                     for kv_head in 0..self.kv_heads {
                         // SAFETY: each token is one thread's.
                         unsafe { self.store::<E>(io, token, kv_head, scratch) };
                     }
                 }
-            }
-            worker.barrier();
+            });
         }
-        let tasks = io.tiling.tiles.len() * self.kv_heads;
-        while let Some(tasks) = worker.claim(tasks, 1) {
+        worker.share(io.tiling.tiles.len() * self.kv_heads, 1, |tasks| {
             for task in tasks {
                 let (tile, kv_head) = (&io.tiling.tiles[task / self.kv_heads], task % self.kv_heads);
                 let last = tile.tokens.end - 1;
                 let newest = io.pages.geometry.group_of(step.position(tile.row) + last) / SPLIT_GROUPS;
-                // SAFETY: the keys and values of the tile's tokens were stored before the barrier or are stored
+                // SAFETY: the keys and values of the tile's tokens were stored in the phase before or are stored
                 // here, where nobody else reads this split; results go to the tile's own elements.
                 unsafe {
                     if !store_first && tile.splits.end > newest {
@@ -200,18 +198,17 @@ impl Attention {
                     self.attend::<E>(io, tile, kv_head, scratch);
                 }
             }
-        }
+        });
         if io.tiling.divided.is_empty() {
             return;
         }
-        worker.barrier();
-        while let Some(tasks) = worker.claim(io.tiling.divided.len() * self.kv_heads, 1) {
+        worker.share(io.tiling.divided.len() * self.kv_heads, 1, |tasks| {
             for task in tasks {
                 let (row, partials) = &io.tiling.divided[task / self.kv_heads];
                 // SAFETY: all partial results are there, and each output is one thread's.
                 unsafe { self.merge(io, *row, partials.clone(), task % self.kv_heads, scratch) };
             }
-        }
+        });
     }
 
     /// Writes the key and value of a token into its page.
