@@ -87,6 +87,8 @@ pub struct Core {
     /// Flights that are over, for their memory.
     spare_flights: Vec<Flight>,
     step: u64,
+    /// Where the round of prefix lookups among waiting sessions stands.
+    next_probe: usize,
     step_time: StepTimeFit,
     last_step: StepOutcome,
     /// When the latest step was waited for.
@@ -141,6 +143,7 @@ impl Core {
             flights: VecDeque::new(),
             spare_flights: Vec::new(),
             step: 0,
+            next_probe: 0,
             step_time: StepTimeFit::default(),
             last_step: StepOutcome::default(),
             last_finished_s: 0.0,
@@ -293,8 +296,13 @@ impl Core {
 
     /// Ends the session at `index`: tells its owner, and releases what it holds once no step uses it.
     fn end(&mut self, index: usize, reason: FinishReason) {
+        let computed = self.views[index].computed_tokens >= self.views[index].prompt_tokens;
+        if computed && self.sessions[index].params().n > 1 && !matches!(reason, FinishReason::Failed(_)) {
+            // The last chance to share what it has computed.
+            self.fork_followers();
+        }
         let mut session = self.sessions.remove(index);
-        let view = self.views.remove(index);
+        self.views.remove(index);
         self.index.remove(&session.id);
         for (at, later) in self.sessions.iter().enumerate().skip(index) {
             self.index.insert(later.id, at);
@@ -306,7 +314,7 @@ impl Core {
         if let Some(slot) = session.slot {
             self.release_slot(slot, session.last_step);
         }
-        self.free_followers(session.id, view.computed_tokens >= view.prompt_tokens);
+        self.free_followers(session.id);
         let kind = match &reason {
             FinishReason::Stop(_) | FinishReason::Length => EventKind::Finished,
             _ => EventKind::Aborted,
@@ -320,16 +328,15 @@ impl Core {
         let _ = session.events.send(Event::Finished(Finished { reason, text, usage: session.usage }));
     }
 
-    /// Lets the sessions that wait for the prompt of `leader`, which ended, go on: each for itself if the
-    /// prompt is computed and so in the prefix cache, else behind the first of them.
-    fn free_followers(&mut self, leader: SessionId, computed: bool) {
+    /// Lets the first of those that wait for the prompt of `leader`, which ended, compute it for the others.
+    fn free_followers(&mut self, leader: SessionId) {
         let mut next = None;
         for (follower, view) in self.sessions.iter_mut().zip(&mut self.views) {
             if follower.leader == Some(leader) {
                 follower.leader = next;
                 if next.is_none() {
                     view.set_state(SessionState::Waiting);
-                    next = (!computed).then_some(follower.id);
+                    next = Some(follower.id);
                 }
             }
         }

@@ -3,11 +3,14 @@
 use setu_core::ids::SessionId;
 use setu_core::rows::Column;
 use setu_core::scheduler::Verdict;
-use setu_core::view::{Budgets, SessionState, StepView};
+use setu_core::view::{Budgets, SessionState, SessionView, StepView};
 use setu_core::{Error, Result};
 
 use super::Core;
 use crate::request::FinishReason;
+
+/// Sessions whose prefixes are looked up before a step, and as many again by turns.
+const PROBES: usize = 32;
 
 /// What the next step holds. Kept between steps for its memory.
 #[derive(Debug, Default)]
@@ -177,16 +180,30 @@ impl Core {
                 && self.flights.back().is_some_and(|flight| flight.number == session.last_step))
     }
 
-    /// Counts what the prefix cache holds for sessions that have no pages.
+    /// Counts what the prefix cache holds for sessions that have no pages: for the first in the queue before
+    /// every step, for the others by turns, so that a long queue of long prompts doesn't cost every step dearly.
     fn probe_prefixes(&mut self) {
         if !self.settings.kv.prefix_cache {
             return;
         }
-        for index in 0..self.sessions.len() {
-            if self.views[index].pages_held == 0 && self.views[index].steps_in_flight == 0 {
-                self.views[index].cached_tokens = self.usable_prefix(index) * self.kv.page_tokens();
+        let len = self.sessions.len();
+        let waits = |view: &SessionView| view.pages_held == 0 && view.steps_in_flight == 0;
+        let mut first = 0;
+        for _ in 0..PROBES {
+            let Some(index) = (first..len).find(|&index| waits(&self.views[index])) else { return };
+            self.probe_prefix(index);
+            first = index + 1;
+        }
+        for _ in 0..PROBES.min(len - first) {
+            self.next_probe = if (first..len - 1).contains(&self.next_probe) { self.next_probe + 1 } else { first };
+            if waits(&self.views[self.next_probe]) {
+                self.probe_prefix(self.next_probe);
             }
         }
+    }
+
+    fn probe_prefix(&mut self, index: usize) {
+        self.views[index].cached_tokens = self.usable_prefix(index) * self.kv.page_tokens();
     }
 
     /// Pages of the session's prefix that the cache holds; at least one token stays to be computed.
@@ -409,7 +426,7 @@ impl Core {
     }
 
     /// Lets further choices of a request share the prompt that their first one has computed.
-    fn fork_followers(&mut self) {
+    pub(super) fn fork_followers(&mut self) {
         for index in 0..self.sessions.len() {
             let Some(leader) = self.sessions[index].leader else { continue };
             let Some(&leader) = self.index.get(&leader) else { continue };

@@ -8,6 +8,7 @@ use setu_core::ids::TenantId;
 use setu_core::scheduler::{Decisions, Scheduler};
 use setu_core::view::StepView;
 use setu_core::{ErrorKind, Result};
+use setu_engine::core::Turn;
 use setu_engine::trace::StepTrace;
 use setu_engine::{Engine, Event, FinishReason, Health, Request, SamplingParams, Session};
 use setu_testkit::rng::Rng;
@@ -203,7 +204,7 @@ fn requests_that_make_no_sense_are_refused_with_the_reason() {
     let refusal = |engine: &Engine, prompt: &[u32], set: &dyn Fn(&mut Request)| {
         let mut request = Request::new(prompt.to_vec(), SamplingParams::default());
         set(&mut request);
-        let error = engine.add_session(request).err().expect("refused");
+        let error = engine.add_session(request).expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::InvalidInput);
         error.message().to_owned()
     };
@@ -384,9 +385,37 @@ fn an_engine_whose_thread_dies_says_so() {
         while engine.health(Duration::from_secs(60)) != Health::Stopped {
             assert!(start.elapsed() < Duration::from_secs(20));
         }
-        assert_eq!(engine.add_session(request(&endless(3))).err().unwrap().message(), "the engine has stopped");
-        assert_eq!(engine.stats().err().unwrap().message(), "the engine has stopped");
+        assert_eq!(engine.add_session(request(&endless(3))).unwrap_err().message(), "the engine has stopped");
+        assert_eq!(engine.stats().unwrap_err().message(), "the engine has stopped");
     });
+}
+
+#[test]
+fn a_long_queue_learns_of_cached_prefixes_too() {
+    struct Watcher(Arc<Mutex<Vec<u32>>>);
+    impl Scheduler for Watcher {
+        fn schedule(&mut self, view: &StepView<'_>, _: &mut Decisions<'_>) -> Result<()> {
+            *self.0.lock().unwrap() = view.sessions.iter().map(|session| session.cached_tokens).collect();
+            Ok(())
+        }
+    }
+    let setup = Setup::default();
+    let mut rig = Rig::new(&full(), &setup);
+    let ask = Ask::new(&Rng::new(1).tokens(18, VOCAB), 1);
+    rig.add(&ask);
+    rig.run();
+    let seen: Arc<Mutex<Vec<u32>>> = Arc::default();
+    rig.core.swap_scheduler("watcher", Box::new(Watcher(seen.clone())));
+    let ids: Vec<_> = (0..200).map(|_| rig.add(&ask)).collect();
+    rig.turn();
+    assert_eq!(seen.lock().unwrap().iter().filter(|&&cached| cached == 16).count(), 64);
+    (0..8).for_each(|_| assert!(rig.turn() != Turn::Worked));
+    assert_eq!(*seen.lock().unwrap(), [16; 200]);
+    rig.core.swap_scheduler("fcfs", setup.fcfs());
+    rig.run();
+    for ids in ids {
+        rig.check(&ask, &ids, "behind a long queue");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use setu_core::scheduler::{Decisions, Preemption, Scheduler};
 use setu_core::view::StepView;
 use setu_core::{batcher::Batcher, batcher::Chunks};
 use setu_engine::FinishReason;
+use setu_engine::core::Turn;
 use setu_testkit::rng::Rng;
 
 use crate::rig::{Answer, Ask, MAX_LEN, Rig, Setup, VOCAB, WINDOW, full, windowed};
@@ -185,6 +186,59 @@ fn a_pool_too_small_for_a_window_bounds_the_session() {
     assert_eq!(rig.core.limits().kv_tokens, 8);
     let rig = Rig::new(&windowed(), &Setup { pages: vec![24, 3], ..Setup::default() });
     assert_eq!(rig.core.limits().kv_tokens, MAX_LEN);
+}
+
+/// Runs everybody, admitting without a look at the pages, up to step `until`.
+struct Everybody {
+    until: u64,
+}
+
+impl Scheduler for Everybody {
+    fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
+        if view.step < self.until {
+            view.sessions.iter().for_each(|session| decisions.run(session.id));
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn cached_pages_lent_to_a_session_that_then_has_to_wait_are_no_preemption() {
+    let mut rig = Rig::new(&full(), &Setup { chunk: 512, pages: vec![24; 2], ..Setup::default() });
+    rig.core.swap_scheduler("everybody", Box::new(Everybody { until: u64::MAX }));
+    let short = Ask::new(&Rng::new(1).tokens(20, VOCAB), 3).sampled(1);
+    let long = Ask::new(&Rng::new(2).tokens(80, VOCAB), 8).sampled(2);
+    let ids = rig.add(&short);
+    rig.run();
+    rig.check(&short, &ids, "alone");
+    let ids = [rig.add(&long), rig.add(&short)];
+    rig.run();
+    rig.check(&long, &ids[0], "with all pages");
+    let (answer, end) = rig.ended(ids[1][0]);
+    assert_eq!(answer, rig.model.answer(&short));
+    let stats = rig.core.stats();
+    assert_eq!((end.usage.preemptions, stats.preemptions, stats.tokens_lost), (0, 0, 0));
+}
+
+#[test]
+fn copies_for_choices_that_end_before_they_run_are_forgotten() {
+    for (abort_first, steps_in_flight) in [(true, 1), (false, 1), (true, 2), (false, 2)] {
+        let mut rig = Rig::new(&full(), &Setup { steps_in_flight, prefix_cache: false, ..Setup::default() });
+        rig.core.swap_scheduler("until the fork", Box::new(Everybody { until: 2 }));
+        let ask = Ask::new(&Rng::new(1).tokens(10, VOCAB), 20).sampled(1).with(|params| params.n = 3);
+        let mut ids = rig.add(&ask);
+        (0..4).for_each(|_| assert!(rig.core.has_sessions() && rig.turn() != Turn::Idle { until_s: f64::INFINITY }));
+        // Three pages of the prompt, one of them copied twice for choices that share two.
+        assert_eq!(rig.core.stats().kv_pages_used, 3 + 2);
+        if !abort_first {
+            ids.reverse();
+        }
+        for id in ids {
+            rig.core.abort(id);
+            rig.core.check_integrity();
+        }
+        rig.settle();
+    }
 }
 
 #[test]

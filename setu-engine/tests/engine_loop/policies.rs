@@ -265,6 +265,49 @@ fn fails(mut rig: Rig, what: &str, text: &str, case: &str) {
     assert_eq!(names, ["bad", "worse"], "{case}");
 }
 
+/// Runs the first session alone.
+struct FirstAlone;
+
+impl Scheduler for FirstAlone {
+    fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
+        decisions.run(view.sessions[0].id);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_chunk_for_a_session_that_is_not_to_run_is_a_fault() {
+    let mut parts = setup().parts(&full());
+    let misdeed: BadChunks = |_, _, chunks| {
+        chunks.give(2, 1);
+        Ok(())
+    };
+    parts.scheduler = Guarded::new("first alone", Box::new(FirstAlone), "fcfs", setup().fcfs());
+    parts.batcher = Guarded::new("bad", batcher(3, Some(misdeed)), "fixed_chunk", setup().fixed_chunk());
+    let mut rig = Rig::of(&full(), &setup(), parts);
+    let asks = asks();
+    let ids: Vec<_> = asks.iter().map(|ask| rig.add(ask)).collect();
+    rig.run();
+    for (ask, ids) in asks.iter().zip(&ids) {
+        rig.check(ask, ids, "one behind the other");
+    }
+    let faults = &rig.core.stats().faults;
+    assert_eq!(faults.len(), 1);
+    assert_eq!(faults[0].message, "a chunk for session_00000003, which is not ready or has one already");
+}
+
+#[test]
+fn more_chunks_than_sessions_may_run_are_a_fault() {
+    let setup = Setup { max_sessions: 2, ..setup() };
+    let everybody: BadChunks = |_, ready, chunks| {
+        ready.iter().for_each(|&index| chunks.give(index, 1));
+        Ok(())
+    };
+    let mut parts = setup.parts(&full());
+    parts.batcher = Guarded::new("bad", batcher(1, Some(everybody)), "fixed_chunk", setup.fixed_chunk());
+    finishes_with_one_fault(Rig::of(&full(), &setup, parts), Kind::Batcher, "3 chunks for 3 sessions");
+}
+
 /// Computes for as long as `micros` of this thread's time.
 fn burn(micros: i64) {
     let now = || {

@@ -152,9 +152,24 @@ fn choices_share_the_prompt_instead_of_computing_it() {
 }
 
 #[test]
+fn choices_of_one_token_share_the_prompt_as_well() {
+    let prompt = Rng::new(8).tokens(22, VOCAB);
+    for steps_in_flight in [1, 2] {
+        let setup = Setup { steps_in_flight, prefix_cache: false, ..Setup::default() };
+        let mut rig = Rig::new(&full(), &setup);
+        let ask = Ask::new(&prompt, 1).sampled(1).with(|params| params.n = 4);
+        let ids = rig.add(&ask);
+        rig.run();
+        rig.check(&ask, &ids, "one token each");
+        let stats = rig.core.stats();
+        assert_eq!((stats.prefill_tokens, stats.decode_tokens), (22, 3));
+    }
+}
+
+#[test]
 fn when_the_first_choice_ends_before_the_others_could_share() {
     for abort_after in 0..8 {
-        let mut rig = Rig::new(&full(), &Setup { chunk: 4, ..Setup::default() });
+        let mut rig = Rig::new(&full(), &Setup { chunk: 4, prefix_cache: false, ..Setup::default() });
         let prompt = Rng::new(4).tokens(17, VOCAB);
         let ask = Ask::new(&prompt, 5).sampled(3).with(|params| params.n = 4);
         let ids = rig.add(&ask);
@@ -166,6 +181,9 @@ fn when_the_first_choice_ends_before_the_others_could_share() {
         for (choice, &id) in (0..).zip(&ids).skip(1) {
             assert_eq!(rig.answer(id), rig.model.answer(&ask.choice(choice)), "aborted after turn {abort_after}");
         }
+        // The second takes its place; the others still don't compute the prompt.
+        let computed = rig.core.stats().prefill_tokens;
+        assert!(computed <= 2 * 17, "{computed} tokens of the prompt were computed, aborted after turn {abort_after}");
     }
 }
 
