@@ -71,16 +71,18 @@ fn measure(serving: &Serving) -> (f64, f64) {
 fn measure_peer(peer: &str, model: &str) -> (f64, f64) {
     let (p, n) = (PREFILL.to_string(), DECODE.to_string());
     let output = Command::new(peer)
-        .args(["-m", model, "-t", "2", "-p", &p, "-n", &n, "-r", "1", "-o", "json"])
+        .args(["-m", model, "-t", "2", "-p", &p, "-n", &n, "-r", "1", "-o", "md"])
         .output()
         .expect("llama-bench runs");
-    let tests: serde_json::Value = serde_json::from_slice(&output.stdout).expect("llama-bench prints JSON");
-    let rate = |decode: bool| {
-        let tests = tests.as_array().expect("a list of tests");
-        let test = tests.iter().find(|test| (test["n_gen"].as_u64() == Some(0)) != decode).expect("the test");
-        test["avg_ts"].as_f64().expect("a rate")
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    // A row ends in `| pp512 | 263.10 ± 0.52 |`.
+    let rate = |test: String| {
+        let row = table.lines().find_map(|line| line.split_once(&test)).map(|(_, rest)| rest);
+        let numbers = row.unwrap_or("").split(|char: char| !char.is_ascii_digit() && char != '.');
+        let rate = numbers.filter(|text| !text.is_empty()).find_map(|text| text.parse::<f64>().ok());
+        rate.unwrap_or_else(|| panic!("llama-bench printed no row {test}:\n{table}"))
     };
-    (rate(true), rate(false))
+    (rate(format!("tg{n}")), rate(format!("pp{p}")))
 }
 
 fn median(values: &mut [f64]) -> f64 {

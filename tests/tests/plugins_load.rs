@@ -1,5 +1,6 @@
 //! Files in plugin folders: which are loaded, which are refused, and with what words.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -260,7 +261,8 @@ fn a_plugin_built_by_the_first_commit_of_the_oldest_abi_is_loaded() {
         output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
     };
     if git(&["rev-parse", "--is-shallow-repository"]).trim() != "false" {
-        println!("skipped: there is no history to build an older plugin from");
+        // Past the capture of the test harness, which shows nothing of tests that pass.
+        let _ = writeln!(std::io::stderr(), "skipped: there is no history to build an older plugin from");
         return;
     }
     let declared = format!("OLDEST: AbiVersion = AbiVersion {{ major: {}, minor: {} }}", OLDEST.major, OLDEST.minor);
