@@ -60,6 +60,7 @@ impl Core {
         self.probe_prefixes();
         let mut wake_at_s = self.schedule();
         self.apply_rejections();
+        self.keep_runnable();
         self.attach_prefixes();
         wake_at_s = wake_at_s.min(self.batch());
         self.give_pages();
@@ -180,6 +181,33 @@ impl Core {
                 && self.flights.back().is_some_and(|flight| flight.number == session.last_step))
     }
 
+    /// Leaves in the order who can run now: whom the free slots don't reach would only take budget from others.
+    fn keep_runnable(&mut self) {
+        let mut ready = std::mem::take(&mut self.planned.ready);
+        let mut slots = self.free_slots.len();
+        let mut turned_away = None;
+        ready.retain(|&index| {
+            let index = index as usize;
+            if !self.can_run(index) {
+                return false;
+            }
+            let has_slot = self.sessions[index].slot.is_some();
+            let reached = has_slot || slots > 0;
+            slots = slots.saturating_sub(usize::from(!has_slot));
+            turned_away = turned_away.or((!reached).then_some(index as u32));
+            reached
+        });
+        if let Some(index) = turned_away.filter(|_| ready.is_empty()) {
+            // All slots are with sessions that pause: the last to arrive gives its own away.
+            let pauses = |&index: &usize| self.sessions[index].slot.is_some() && self.views[index].steps_in_flight == 0;
+            if let Some(idle) = (0..self.sessions.len()).rev().find(pauses) {
+                self.preempt(idle);
+                ready.push(index);
+            }
+        }
+        self.planned.ready = ready;
+    }
+
     /// Counts what the prefix cache holds for sessions that have no pages: for the first in the queue before
     /// every step, for the others by turns, so that a long queue of long prompts doesn't cost every step dearly.
     fn probe_prefixes(&mut self) {
@@ -222,7 +250,7 @@ impl Core {
         }
         for position in 0..self.planned.ready.len() {
             let index = self.planned.ready[position] as usize;
-            if self.views[index].scheduled_tokens > 0 || !self.can_run(index) {
+            if self.views[index].scheduled_tokens > 0 {
                 continue;
             }
             let pages = self.usable_prefix(index);
@@ -256,7 +284,6 @@ impl Core {
     /// Asks the batcher and checks its answer; on a fault asks the fallback.
     fn batch(&mut self) -> f64 {
         let mut ready = std::mem::take(&mut self.planned.ready);
-        ready.retain(|&index| self.can_run(index as usize));
         let wake_at_s = loop {
             if ready.is_empty() {
                 self.chunks.fill(0, |_| ());

@@ -7,7 +7,7 @@ use setu_core::component::Kind;
 use setu_core::ids::SessionId;
 use setu_core::rows::{Column, Rows};
 use setu_core::scheduler::{Decisions, EventKind, Scheduler, SessionEvent};
-use setu_core::view::{StepOutcome, StepView};
+use setu_core::view::{SessionView, StepOutcome, StepView};
 use setu_core::{Error, ErrorKind, Result};
 use setu_engine::core::Turn;
 use setu_engine::{FinishReason, Guarded};
@@ -296,16 +296,32 @@ fn a_chunk_for_a_session_that_is_not_to_run_is_a_fault() {
     assert_eq!(faults[0].message, "a chunk for session_00000003, which is not ready or has one already");
 }
 
-#[test]
-fn more_chunks_than_sessions_may_run_are_a_fault() {
-    let setup = Setup { max_sessions: 2, ..setup() };
-    let everybody: BadChunks = |_, ready, chunks| {
-        ready.iter().for_each(|&index| chunks.give(index, 1));
+/// Runs the sessions that arrived first until each has generated three tokens, then the others until they end.
+struct TakesTurns;
+
+impl Scheduler for TakesTurns {
+    fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
+        let (early, late): (Vec<&SessionView>, Vec<_>) = view.sessions.iter().partition(|session| session.id.0 <= 2);
+        let turn_of_late = !late.is_empty() && early.iter().all(|session| session.generated_tokens >= 3);
+        (if turn_of_late { late } else { early }).iter().for_each(|session| decisions.run(session.id));
         Ok(())
-    };
-    let mut parts = setup.parts(&full());
-    parts.batcher = Guarded::new("bad", batcher(1, Some(everybody)), "fixed_chunk", setup.fixed_chunk());
-    finishes_with_one_fault(Rig::of(&full(), &setup, parts), Kind::Batcher, "3 chunks for 3 sessions");
+    }
+}
+
+#[test]
+fn sessions_that_pause_do_not_keep_all_slots_from_those_that_are_to_run() {
+    for prefix_cache in [true, false] {
+        let setup = Setup { max_sessions: 2, prefix_cache, ..Setup::default() };
+        let mut rig = Rig::new(&full(), &setup);
+        rig.core.swap_scheduler("takes turns", Box::new(TakesTurns));
+        let asks: Vec<Ask> = asks().into_iter().map(|ask| ask.with(|params| params.ignore_eos = true)).collect();
+        let ids: Vec<_> = asks.iter().map(|ask| rig.add(ask)).collect();
+        rig.run();
+        for (ask, ids) in asks.iter().zip(&ids) {
+            rig.check(ask, ids, "by turns");
+        }
+        assert_eq!(rig.core.stats().preemptions, 1, "one slot was enough");
+    }
 }
 
 /// Computes for as long as `micros` of this thread's time.
