@@ -13,7 +13,8 @@ use setu_engine::FinishReason;
 use setu_engine::core::Turn;
 use setu_testkit::rng::Rng;
 
-use crate::rig::{Ask, Rig, Setup, VOCAB, full};
+use crate::rig::{Ask, Rig, Setup, VOCAB, full, windowed};
+use crate::tokens::strangers;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Failure {
@@ -223,6 +224,80 @@ fn choices_whose_page_copies_were_lost_compute_again() {
             }
         }
     }
+}
+
+/// Fails every now and then: some steps are not taken, others compute nonsense and say that they failed.
+struct Flaky {
+    inner: Box<dyn Executable>,
+    rng: Rng,
+    doomed: Vec<Ticket>,
+}
+
+impl Executable for Flaky {
+    fn info(&self) -> ExecutableInfo {
+        self.inner.info()
+    }
+
+    fn submit(&mut self, step: &Step<'_>) -> Result<Ticket> {
+        match self.rng.below(40) {
+            0 => Err(Error::exhausted("flaky")),
+            1 => {
+                let mut step = *step;
+                let nonsense = vec![1; step.tokens.len()];
+                step.copies = Rows::default();
+                step.tokens = Column::new(&nonsense);
+                let ticket = self.inner.submit(&step)?;
+                self.doomed.push(ticket);
+                Ok(ticket)
+            }
+            _ => self.inner.submit(step),
+        }
+    }
+
+    fn provide(&mut self, ticket: Ticket, masks: &Masks<'_>) -> Result<()> {
+        self.inner.provide(ticket, masks)
+    }
+
+    fn wait(&mut self, ticket: Ticket, outputs: &mut StepOutputs<'_>) -> Result<()> {
+        let result = self.inner.wait(ticket, outputs);
+        if self.doomed.contains(&ticket) { Err(Error::internal("flaky")) } else { result }
+    }
+}
+
+#[test]
+fn whoever_survives_a_flaky_backend_has_the_right_answer() {
+    let (mut right, mut failed) = (0, 0);
+    for seed in 0..8 {
+        let model = if seed % 2 == 0 { full() } else { windowed() };
+        let setup = Setup { chunk: 6, pages: vec![40; 2], max_sessions: 8, prefix_cache: seed < 6, ..Setup::default() };
+        let mut parts = setup.parts(&model);
+        parts.executable = Box::new(Flaky { inner: parts.executable, rng: Rng::new(seed), doomed: Vec::new() });
+        let mut rig = Rig::of(&model, &setup, parts);
+        let asks: Vec<Ask> = strangers(40, seed)
+            .into_iter()
+            .enumerate()
+            .map(|(index, ask)| ask.with(|params| params.n = if index % 3 == 0 { 4 } else { 1 }))
+            .collect();
+        let ids: Vec<_> = asks.iter().map(|ask| rig.add(ask)).collect();
+        rig.run_with(|rig, turn| {
+            if turn % 31 == 0 {
+                rig.core.preempt_all();
+            }
+        });
+        for (ask, ids) in asks.iter().zip(&ids) {
+            for (choice, &id) in (0..).zip(ids) {
+                let (answer, expected) = (rig.answer(id), model.answer(&ask.choice(choice)));
+                if matches!(answer.reason, FinishReason::Failed(_)) {
+                    assert!(expected.tokens.starts_with(&answer.tokens));
+                    failed += 1;
+                } else {
+                    assert_eq!(answer, expected, "seed {seed}: choice {choice} of {ask:?}");
+                    right += 1;
+                }
+            }
+        }
+    }
+    assert!(right > 100 && failed > 50, "{right} are right, {failed} failed");
 }
 
 #[test]
