@@ -290,8 +290,12 @@ impl Core {
             return Turn::Worked;
         }
         // A policy that runs nobody and names no time is asked again before long, so that it can't hang its sessions.
-        let patience_s = if self.sessions.is_empty() { f64::INFINITY } else { self.clock.now_s() + 0.05 };
-        Turn::Idle { until_s: wake_at_s.min(patience_s) }
+        if self.sessions.is_empty() {
+            return Turn::Idle { until_s: wake_at_s };
+        }
+        // Nor can one keep the thread busy that always wants to be asked at once.
+        let now_s = self.clock.now_s();
+        Turn::Idle { until_s: wake_at_s.clamp(now_s + 0.001, now_s + 0.05) }
     }
 
     /// Ends the session at `index`: tells its owner, and releases what it holds once no step uses it.

@@ -203,6 +203,31 @@ impl Scheduler for Everybody {
 }
 
 #[test]
+fn everybody_ends_where_a_scheduler_admits_more_than_fits() {
+    for model in [full(), windowed()] {
+        for (page_tokens, steps_in_flight, chunk, prefix_cache) in
+            [(4, 2, 5, true), (4, 2, 512, false), (1, 1, 7, true), (8, 2, 1, true)]
+        {
+            let pages = vec![MAX_LEN / page_tokens; 2];
+            let setup = Setup { page_tokens, steps_in_flight, chunk, prefix_cache, pages, ..Setup::default() };
+            let mut rig = Rig::new(&model, &setup);
+            rig.core.swap_scheduler("everybody", Box::new(Everybody { until: u64::MAX }));
+            let asks = strangers(24, 9);
+            let ids: Vec<_> = asks.iter().map(|ask| rig.add(ask)).collect();
+            let (mut turns, mut needed) = (0, 0);
+            rig.run_with(|_, _| turns += 1);
+            for (ask, ids) in asks.iter().zip(&ids) {
+                needed += ask.prompt.len() as u32 / chunk + ask.params.max_tokens.unwrap_or(0) + 3;
+                rig.check(ask, ids, &format!("{setup:?}"));
+            }
+            // No worse than one behind the other.
+            assert!(turns <= needed, "{turns} turns instead of {needed}");
+            assert!(rig.core.stats().preemptions > 0);
+        }
+    }
+}
+
+#[test]
 fn cached_pages_lent_to_a_session_that_then_has_to_wait_are_no_preemption() {
     let mut rig = Rig::new(&full(), &Setup { chunk: 512, pages: vec![24; 2], ..Setup::default() });
     rig.core.swap_scheduler("everybody", Box::new(Everybody { until: u64::MAX }));

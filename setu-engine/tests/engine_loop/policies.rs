@@ -391,7 +391,7 @@ impl Scheduler for Idler {
         calls.push(view.now_s);
         if calls.len() >= self.from {
             view.sessions.iter().for_each(|session| decisions.run(session.id));
-        } else if self.wake_s > 0.0 {
+        } else if self.wake_s != 0.0 {
             decisions.wake_at(view.now_s + self.wake_s);
         }
         Ok(())
@@ -413,6 +413,18 @@ fn a_scheduler_that_runs_nobody_is_asked_again() {
             // A turn of the rig takes a millisecond.
             assert!((pair[1] - pair[0] - expected_s).abs() < 2e-3, "{calls:?}");
         }
+    }
+}
+
+#[test]
+fn a_scheduler_that_wants_to_be_asked_at_once_cannot_keep_the_thread_busy() {
+    for wake_s in [-1e9, f64::NEG_INFINITY, f64::MIN_POSITIVE] {
+        let mut rig = Rig::new(&full(), &Setup::default());
+        rig.core.swap_scheduler("idler", Box::new(Idler { calls: Arc::default(), from: 3, wake_s }));
+        rig.add(&asks()[0]);
+        let Turn::Idle { until_s } = rig.turn() else { panic!("nobody runs") };
+        assert!((0.001..0.002).contains(&(until_s - rig.now_s())), "{until_s}");
+        rig.run();
     }
 }
 
