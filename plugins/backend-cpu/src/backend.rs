@@ -11,7 +11,7 @@ use crate::machine;
 use crate::matmul::{Isa, Precision};
 use crate::plan::{self, Options};
 use crate::pool::Pool;
-use crate::run::Compiled;
+use crate::run::{Compiled, Constants};
 use crate::step::Limits;
 use crate::weights::Weights;
 
@@ -20,7 +20,7 @@ use crate::weights::Weights;
 pub struct CpuBackend {
     isa: Isa,
     threads: usize,
-    precision: Precision,
+    precision: Option<Precision>,
 }
 
 impl Component for CpuBackend {
@@ -40,9 +40,10 @@ impl Component for CpuBackend {
             threads => threads as usize,
         };
         let precision = match config.activations {
-            Activations::Auto | Activations::Int8 => Precision::Int8,
-            Activations::Int16 => Precision::Int16,
-            Activations::F32 => Precision::F32,
+            Activations::Auto => None,
+            Activations::Int8 => Some(Precision::Int8),
+            Activations::Int16 => Some(Precision::Int16),
+            Activations::F32 => Some(Precision::F32),
         };
         Ok(CpuBackend { isa, threads, precision })
     }
@@ -75,7 +76,6 @@ impl Backend for CpuBackend {
         let plan = plan::lower(graph, &mut weights, Options { isa: self.isa, precision: self.precision })?;
         let pages = Pages::new(graph, options)?;
         let matrices = weights.pack(&mut pool)?;
-        weights.drop_packed_pages();
         let limits = Limits {
             tokens: options.max_tokens as usize,
             rows: options.max_rows as usize,
@@ -86,8 +86,8 @@ impl Backend for CpuBackend {
             groups: pages.groups.iter().map(|group| (group.pages, group.window)).collect(),
             frequencies: graph.rope_tables.iter().map(|table| table.inv_freq.len()).collect(),
         };
-        let (tables, ropes) = (weights.tables(), graph.rope_tables.clone());
-        let compiled = Compiled::new(self.isa, plan, matrices, tables, ropes, pages, &limits, self.threads)?;
+        let constants = Constants { matrices, tables: weights.tables(), ropes: graph.rope_tables.clone() };
+        let compiled = Compiled::new(self.isa, plan, constants, pages, &limits, self.threads)?;
         Ok(Box::new(CpuExecutable::new(compiled, limits, pool)))
     }
 }

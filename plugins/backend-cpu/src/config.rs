@@ -33,7 +33,7 @@ pub enum IsaChoice {
 /// Precisions to choose from.
 #[derive(ConfigEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activations {
-    /// What keeps a quantized model's answers at a good speed.
+    /// Sixteen bits where the result is sensitive to them, eight elsewhere.
     Auto,
     /// Eight bits, a scale for every 32 columns.
     Int8,

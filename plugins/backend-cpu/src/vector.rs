@@ -67,6 +67,25 @@ macro_rules! vectorized {
 }
 pub(crate) use vectorized;
 
+/// `f` of each lane. Unlike the array's own `map`, it is always compiled into its caller, with the caller's
+/// instructions.
+#[inline(always)]
+pub(crate) fn each(mut x: [f32; LANES], f: impl Fn(f32) -> f32) -> [f32; LANES] {
+    for x in &mut x {
+        *x = f(*x);
+    }
+    x
+}
+
+/// `f` of each lane of `a` and `b`.
+#[inline(always)]
+pub(crate) fn both(mut a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
+    for (a, &b) in a.iter_mut().zip(&b) {
+        *a = f(*a, b);
+    }
+    a
+}
+
 /// Applies `f` to every element, sixteen at a time.
 #[inline(always)]
 pub(crate) fn map(values: &mut [f32], f: impl Fn([f32; LANES]) -> [f32; LANES]) {
@@ -131,7 +150,7 @@ pub(crate) fn exp(x: [f32; LANES]) -> [f32; LANES] {
     const ROUND: f32 = 12_582_912.0;
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    x.map(|x| {
+    each(x, |x| {
         let shifted = x * std::f32::consts::LOG2_E + ROUND;
         let n = shifted - ROUND;
         let r = x - n * LN2_HIGH - n * LN2_LOW;
@@ -157,7 +176,7 @@ pub(crate) fn exp(x: [f32; LANES]) -> [f32; LANES] {
 #[inline(always)]
 pub(crate) fn tanh(x: [f32; LANES]) -> [f32; LANES] {
     // Where the difference below would cancel, the series is exact enough.
-    let e = exp(x.map(|x| 2.0 * x.abs()));
+    let e = exp(each(x, |x| 2.0 * x.abs()));
     let mut out = [0.0; LANES];
     for i in 0..LANES {
         let far = (1.0 - 2.0 / (e[i] + 1.0)).copysign(x[i]);
@@ -171,7 +190,7 @@ pub(crate) fn tanh(x: [f32; LANES]) -> [f32; LANES] {
 /// The error function to about 2e-7 (Abramowitz and Stegun, 7.1.26).
 #[inline(always)]
 pub(crate) fn erf(x: [f32; LANES]) -> [f32; LANES] {
-    let e = exp(x.map(|x| -x * x));
+    let e = exp(each(x, |x| -x * x));
     let mut out = [0.0; LANES];
     for i in 0..LANES {
         let t = 1.0 / (1.0 + 0.327_591_1 * x[i].abs());
@@ -188,21 +207,21 @@ pub(crate) fn erf(x: [f32; LANES]) -> [f32; LANES] {
 vectorized! {
     /// a += b.
     pub fn add(a: &mut [f32], b: &[f32]) {
-        zip(a, b, |a, b| std::array::from_fn(|i| a[i] + b[i]));
+        zip(a, b, |a, b| both(a, b, |a, b| a + b));
     }
 
     /// a ×= b.
     pub fn mul(a: &mut [f32], b: &[f32]) {
-        zip(a, b, |a, b| std::array::from_fn(|i| a[i] * b[i]));
+        zip(a, b, |a, b| both(a, b, |a, b| a * b));
     }
 
     pub fn scale(values: &mut [f32], by: f32) {
-        map(values, |x| x.map(|x| x * by));
+        map(values, |x| each(x, |x| x * by));
     }
 
     /// cap · tanh(x / cap).
     pub fn softcap(values: &mut [f32], cap: f32) {
-        map(values, |x| tanh(x.map(|x| x / cap)).map(|x| x * cap));
+        map(values, |x| each(tanh(each(x, |x| x / cap)), |x| x * cap));
     }
 
     /// The highest value, or NaN if there is one; −∞ for none.
@@ -238,7 +257,7 @@ vectorized! {
 
     /// exp(x − base) of each element.
     pub fn exponentials(values: &mut [f32], base: f32) {
-        map(values, |x| exp(x.map(|x| x - base)));
+        map(values, |x| exp(each(x, |x| x - base)));
     }
 
     /// The sum of exp(x − base), summed in f64.
@@ -246,14 +265,14 @@ vectorized! {
         let mut total = [0.0_f64; LANES];
         let (chunks, rest) = values.as_chunks::<LANES>();
         for chunk in chunks {
-            let e = exp(chunk.map(|x| x - base));
+            let e = exp(each(*chunk, |x| x - base));
             for i in 0..LANES {
                 total[i] += f64::from(e[i]);
             }
         }
         let mut last = [f32::NEG_INFINITY; LANES];
         last[..rest.len()].copy_from_slice(rest);
-        let e = exp(last.map(|x| x - base));
+        let e = exp(each(last, |x| x - base));
         total.iter().zip(e).map(|(a, b)| a + f64::from(b)).sum()
     }
 }

@@ -6,7 +6,8 @@ use setu_core::backend::WeightData;
 use setu_core::graph::WeightId;
 use setu_core::{DType, Error, Graph, Result};
 
-use crate::matmul::{PackedMatrix, Source, dequantize_row};
+use crate::machine;
+use crate::matmul::{PackedMatrix, ROWS, Source, dequantize_row};
 use crate::pool::Pool;
 
 /// Bytes of packed weights that a thread takes on at a time.
@@ -118,7 +119,8 @@ impl<'a> Weights<'a> {
         self.tables.iter().map(table).collect()
     }
 
-    /// Packs the matrices that were asked for, on all threads.
+    /// Packs the matrices that were asked for, on all threads. What was packed is given back to the system, which
+    /// reads it from the file again where a table is looked up: the weights are never in memory twice.
     ///
     /// # Errors
     /// A format isn't known or memory ran out; the message names the weight.
@@ -132,6 +134,7 @@ impl<'a> Weights<'a> {
             matrices.push(matrix.map_err(|error| error.within(name(packing)))?);
             parts.push(self.rows_of(packing));
         }
+        let mapped = machine::file_mappings();
         let mut tasks = Vec::new();
         for ((matrix, packing), parts) in matrices.iter_mut().zip(&self.packing).zip(&parts) {
             let source = Source::new(self.dtype(packing.weight), packing.cols, parts);
@@ -139,19 +142,25 @@ impl<'a> Weights<'a> {
             let mut blocks = matrix.blocks_mut().enumerate().peekable();
             while let Some((_, block)) = blocks.peek() {
                 let count = (TASK_BYTES / block.len().max(1)).max(1);
-                tasks.push((source, packing, blocks.by_ref().take(count).collect::<Vec<_>>()));
+                tasks.push((source, packing, parts, blocks.by_ref().take(count).collect::<Vec<_>>()));
             }
         }
         // Threads take tasks from the end, so that they walk through the file in its order.
         tasks.reverse();
         let (tasks, failure) = (Mutex::new(tasks), Mutex::new(None));
         pool.run(|_| {
-            while let Some((source, packing, blocks)) = lock(&tasks).pop() {
+            while let Some((source, packing, parts, blocks)) = lock(&tasks).pop() {
+                let first = blocks.first().map_or(0, |(index, _)| index * ROWS);
+                let end = packing.rows.min(first + blocks.len() * ROWS);
                 for (index, block) in blocks {
                     if let Err(error) = source.pack_block(index, block) {
                         lock(&failure).get_or_insert(error.within(name(packing)));
                         return;
                     }
+                }
+                if let [part] = parts[..] {
+                    let row_bytes = part.len() / packing.rows.max(1);
+                    machine::drop_pages(&part[first * row_bytes..end * row_bytes], &mapped);
                 }
             }
         });
@@ -177,17 +186,6 @@ impl<'a> Weights<'a> {
             }
         }
         found
-    }
-
-    /// Gives the pages of packed weights back to the system, which reads them from the file again where a
-    /// table is looked up.
-    pub fn drop_packed_pages(&self) {
-        let mapped = crate::machine::file_mappings();
-        for packing in &self.packing {
-            for part in &self.data[packing.weight.0 as usize].parts {
-                crate::machine::drop_pages(part, &mapped);
-            }
-        }
     }
 }
 

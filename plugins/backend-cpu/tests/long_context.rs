@@ -46,7 +46,7 @@ fn graph(shape: Shape) -> Result<Graph> {
     let mut x = g.embed("embed", table)?;
     for layer in 0..2 {
         x = g.scope(format!("layers.{layer}"), |g| {
-            let mut linear = |g: &mut GraphBuilder, name: &str, x, rows: u32, cols: usize| {
+            let linear = |g: &mut GraphBuilder, name: &str, x, rows: u32, cols: usize| {
                 let source = format!("{layer}.{name}");
                 let weight = g.weight(name, source, &[rows as usize, cols], Shard::Replicated);
                 g.linear(name, x, weight, None)

@@ -44,8 +44,7 @@ pub fn gate(vectors: Vectors, kind: ActivationKind, gate: &mut [f32], up: &[f32]
 /// x · σ(x) as x / (1 + e^−x), which is 0 and not NaN where e^−x overflows.
 #[inline(always)]
 fn silu_lanes(x: [f32; LANES]) -> [f32; LANES] {
-    let e = vector::exp(x.map(|x| -x));
-    std::array::from_fn(|i| x[i] / (1.0 + e[i]))
+    vector::both(x, vector::exp(vector::each(x, |x| -x)), |x, e| x / (1.0 + e))
 }
 
 vectorized! {
@@ -55,37 +54,35 @@ vectorized! {
 
     fn silu_gate(gate: &mut [f32], up: &[f32]) {
         vector::zip(gate, up, |gate, up| {
-            let gate = silu_lanes(gate);
-            std::array::from_fn(|i| gate[i] * up[i])
+            vector::both(silu_lanes(gate), up, |gate, up| gate * up)
         });
     }
 
     fn gelu(values: &mut [f32]) {
         vector::map(values, |x| {
-            let erf = vector::erf(x.map(|x| x * std::f32::consts::FRAC_1_SQRT_2));
-            std::array::from_fn(|i| 0.5 * x[i] * (1.0 + erf[i]))
+            let erf = vector::erf(vector::each(x, |x| x * std::f32::consts::FRAC_1_SQRT_2));
+            vector::both(x, erf, |x, erf| 0.5 * x * (1.0 + erf))
         });
     }
 
     fn gelu_tanh(values: &mut [f32]) {
         vector::map(values, |x| {
-            let tanh = vector::tanh(x.map(|x| 0.797_884_6 * (x + 0.044_715 * x * x * x)));
-            std::array::from_fn(|i| 0.5 * x[i] * (1.0 + tanh[i]))
+            let tanh = vector::tanh(vector::each(x, |x| 0.797_884_6 * (x + 0.044_715 * x * x * x)));
+            vector::both(x, tanh, |x, tanh| 0.5 * x * (1.0 + tanh))
         });
     }
 
     fn relu(values: &mut [f32]) {
-        vector::map(values, |x| x.map(|x| if x < 0.0 { 0.0 } else { x }));
+        vector::map(values, |x| vector::each(x, |x| if x < 0.0 { 0.0 } else { x }));
     }
 
     fn relu_squared(values: &mut [f32]) {
-        vector::map(values, |x| x.map(|x| if x < 0.0 { 0.0 } else { x * x }));
+        vector::map(values, |x| vector::each(x, |x| if x < 0.0 { 0.0 } else { x * x }));
     }
 
     fn sigmoid(values: &mut [f32]) {
         vector::map(values, |x| {
-            let e = vector::exp(x.map(|x| -x));
-            e.map(|e| 1.0 / (1.0 + e))
+            vector::each(vector::exp(vector::each(x, |x| -x)), |e| 1.0 / (1.0 + e))
         });
     }
 }

@@ -58,6 +58,14 @@ pub struct Compiled {
     pub slots: Vec<Mutex<SlotState>>,
 }
 
+/// What a graph's checkpoint and hyper-parameters come to.
+#[derive(Debug)]
+pub struct Constants {
+    pub matrices: Vec<PackedMatrix>,
+    pub tables: Vec<Table>,
+    pub ropes: Vec<RopeTable>,
+}
+
 /// What a thread works with alone.
 #[derive(Debug)]
 struct ThreadSpace {
@@ -87,20 +95,19 @@ impl Rows<'_> {
 }
 
 impl Compiled {
-    /// Allocates what `plan` needs for steps within `limits`.
+    /// Allocates what the plan needs for steps within `limits`.
     ///
     /// # Errors
     /// Memory ran out.
     pub fn new(
         isa: Isa,
         plan: Plan,
-        matrices: Vec<PackedMatrix>,
-        tables: Vec<Table>,
-        ropes: Vec<RopeTable>,
+        constants: Constants,
         pages: Pages,
         limits: &Limits,
         threads: usize,
     ) -> Result<Compiled> {
+        let Constants { matrices, tables, ropes } = constants;
         let tail_rows = TAIL_ROWS.min(limits.tokens.max(1));
         let buffer = |spec: &crate::plan::BufferSpec| {
             let rows = if spec.space == RowSpace::Tokens { limits.tokens } else { tail_rows };
@@ -397,7 +404,7 @@ impl Compiled {
             if slot.is_some() && (wants.start..first).any(|earlier| slot_of(earlier) == slot) {
                 return;
             }
-            for index in first..wants.end {
+            for (index, sampled) in sampled.iter().enumerate().take(wants.end).skip(first) {
                 if index != first && (slot.is_none() || slot_of(index) != slot) {
                     continue;
                 }
@@ -407,7 +414,7 @@ impl Compiled {
                     let (vectors, scratch) = (self.vectors, &mut space.sampler);
                     let token = sampler::answer(vectors, step, index, logits, &self.slots, outputs, scratch);
                     if let Some(token) = token {
-                        sampled[index].store(token, Ordering::Relaxed);
+                        sampled.store(token, Ordering::Relaxed);
                     }
                 }
             }

@@ -180,9 +180,9 @@ unsafe fn go<S: Sixteen, E: Element + Load>(
                 let seen_first = seen(first);
                 let alike = seen_first == seen(first + together - 1);
                 let mut factors = [1.0; 4];
-                for i in 0..together {
+                for (i, factor) in factors.iter_mut().enumerate().take(together) {
                     let seen = if alike { seen_first } else { seen(first + i) };
-                    factors[i] = soften(
+                    *factor = soften(
                         &mut scratch.scores[i],
                         seen,
                         queries.softcap,
@@ -191,8 +191,7 @@ unsafe fn go<S: Sixteen, E: Element + Load>(
                     );
                     if !alike {
                         let out = scratch.values[(first + i) * v_stride..].as_mut_ptr();
-                        let factor = [factors[i]];
-                        weigh::<S, E, 1>(&scratch.scores[i..], seen, values, v_stride, factor, out);
+                        weigh::<S, E, 1>(&scratch.scores[i..], seen, values, v_stride, [*factor], out);
                     }
                 }
                 if alike {
@@ -227,10 +226,13 @@ unsafe fn scores<S: Sixteen, E: Load, const Q: usize>(
     unsafe {
         let mut sums = [[S::splat(0.0); GROUPS]; Q];
         for dim in 0..k_dim {
-            let keys = keys.map(|keys| E::load::<S>(keys.add(dim * LANES)));
+            let mut loaded = [S::splat(0.0); GROUPS];
+            for (loaded, keys) in loaded.iter_mut().zip(&keys) {
+                *loaded = E::load::<S>(keys.add(dim * LANES));
+            }
             for (q, sums) in sums.iter_mut().enumerate() {
                 let x = S::splat(queries.add(q * k_dim + dim).read());
-                for (sum, &key) in sums.iter_mut().zip(&keys) {
+                for (sum, &key) in sums.iter_mut().zip(&loaded) {
                     *sum = S::mul_add(x, key, *sum);
                 }
             }
@@ -251,7 +253,7 @@ fn soften(scores: &mut [f32; BLOCK], seen: Seen, softcap: f32, highest: &mut f32
     let mut maxima = [f32::NEG_INFINITY; LANES];
     for (scores, &(from, to)) in groups.iter_mut().zip(&seen) {
         if softcap > 0.0 {
-            *scores = vector::tanh(scores.map(|x| x / softcap)).map(|x| x * softcap);
+            *scores = vector::each(vector::tanh(vector::each(*scores, |x| x / softcap)), |x| x * softcap);
         }
         if (from, to) != (0, LANES) {
             for (lane, score) in scores.iter_mut().enumerate() {
@@ -270,7 +272,7 @@ fn soften(scores: &mut [f32; BLOCK], seen: Seen, softcap: f32, highest: &mut f32
         *sum *= factor;
     }
     for scores in groups {
-        *scores = vector::exp(scores.map(|score| score - base));
+        *scores = vector::exp(vector::each(*scores, |score| score - base));
         for (sum, &weight) in sums.iter_mut().zip(scores.iter()) {
             *sum += weight;
         }
