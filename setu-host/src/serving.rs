@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use setu_core::component::ComponentKind;
+use setu_core::component::{ComponentKind, Kind};
 use setu_core::model::CheckpointInfo;
 use setu_core::sampling::SamplingParams;
 use setu_core::{Error, Graph, Registries, Registry, Result};
@@ -336,6 +336,28 @@ fn build<C: ComponentKind + ?Sized>(settings: &Settings, registry: &Registry<C>)
         Failure::Usage(settings.refusal(section, &error).to_string())
     })?;
     Ok((chosen.key.clone(), component))
+}
+
+/// The chosen components that can't be built from their settings: kind, key and the reason.
+pub fn unusable_components(settings: &Settings, registries: &Registries) -> Vec<(Kind, String, String)> {
+    fn check<C: ComponentKind + ?Sized>(
+        settings: &Settings,
+        registry: &Registry<C>,
+        found: &mut Vec<(Kind, String, String)>,
+    ) {
+        let chosen = settings.section(C::KIND.name()).and_then(|section| section.chosen.as_ref());
+        if let (Some(chosen), Err(Failure::Usage(reason) | Failure::Failed(reason))) =
+            (chosen, build(settings, registry))
+        {
+            found.push((C::KIND, chosen.key.clone(), reason));
+        }
+    }
+    let mut found = Vec::new();
+    check(settings, &registries.schedulers, &mut found);
+    check(settings, &registries.batchers, &mut found);
+    check(settings, &registries.models, &mut found);
+    check(settings, &registries.backends, &mut found);
+    found
 }
 
 /// Puts the fallback that is linked in beside a chosen component.

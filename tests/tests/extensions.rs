@@ -4,6 +4,7 @@ use setu_core::sampling::SamplingParams;
 use setu_engine::{Event, FinishReason, Request, Session};
 use setu_host::serving::Serving;
 use setu_tests::extensions::{extension, plugin_folder};
+use setu_tests::program::run;
 use setu_tests::tiny_files::{gguf_file, toy_folder};
 use setu_tests::tiny_llama::TinyLlama;
 
@@ -124,4 +125,24 @@ fn a_component_that_cannot_be_built_is_named_with_its_file() {
     let flags: Vec<&str> = flags.into_iter().chain(["--scheduler.after", "3"]).collect();
     let said = Serving::from_flags(&flags).map(|_| ()).expect_err("refused");
     assert!(said.contains("--scheduler.after") && said.contains("fault names none"), "{said}");
+}
+
+#[test]
+fn refusals_are_listed_and_harm_nobody() {
+    let plugins = plugin_folder([("faulty.so", extension("faulty")), ("load.so", extension("panics-at-load"))]);
+    std::fs::write(plugins.path().join("text.so"), "not a library").expect("written");
+    let folder = as_str(plugins.path());
+    for (fault, reason) in [
+        (["--scheduler.fault", "panic_in_build"], "cannot be built"),
+        (["--scheduler.fault", "error_in_build"], "does not want to be built"),
+        (["--scheduler.after", "3"], "fault names none"),
+    ] {
+        let output = run(&["plugins", "list", "--plugins", folder, "--scheduler", "faulty", fault[0], fault[1]]);
+        let listed = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{listed}");
+        // Two files are refused, one component can't be built as it is configured, the rest is there.
+        for part in [reason, "text.so", "load.so", "refused    scheduler faulty", "fcfs"] {
+            assert!(listed.contains(part), "{part} is missing:\n{listed}");
+        }
+    }
 }

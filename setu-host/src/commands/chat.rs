@@ -34,7 +34,7 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
     let mut conversation: Vec<Message> = system.clone().into_iter().collect();
     // Shows a broken template before the first message rather than after it.
     serving.encode_chat(&[Message::new("user", "")])?;
-    eprintln!("{} ({}). {HELP}.", serving.model_name(), human_bytes(serving.weight_bytes()));
+    eprintln!("{} ({})\n{HELP}", serving.model_name(), human_bytes(serving.weight_bytes()));
 
     let mut editor = rustyline::DefaultEditor::new()
         .map_err(|error| Failure::Failed(format!("the terminal can't be used: {error}")))?;

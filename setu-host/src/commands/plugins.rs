@@ -15,10 +15,7 @@ use crate::setup::Setup;
 pub fn main(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
     match matches.subcommand() {
         Some(("inspect", matches)) => inspect(matches),
-        Some((_, matches)) => {
-            list(matches, setup);
-            Ok(())
-        }
+        Some((_, matches)) => list(matches, setup),
         None => Ok(()),
     }
 }
@@ -49,7 +46,9 @@ fn rows(registries: &Registries) -> Vec<Row> {
         .collect()
 }
 
-fn list(matches: &ArgMatches, setup: &Setup) {
+fn list(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
+    let settings = setup.resolve(matches).map_err(Failure::Usage)?;
+    let unusable = crate::serving::unusable_components(&settings, &setup.registries);
     let rows = rows(&setup.registries);
     if matches.get_flag("json") {
         let components: Vec<Value> = rows
@@ -71,8 +70,15 @@ fn list(matches: &ArgMatches, setup: &Setup) {
             .iter()
             .map(|file| json!({ "file": file.path.display().to_string(), "kind": file.kind.name(), "reason": file.reason }))
             .collect();
-        print_line(format_args!("{:#}", json!({ "components": components, "rejected": rejected })));
-        return;
+        let unusable: Vec<Value> = unusable
+            .iter()
+            .map(|(kind, key, reason)| json!({ "kind": kind.name(), "key": key, "reason": reason }))
+            .collect();
+        print_line(format_args!(
+            "{:#}",
+            json!({ "components": components, "rejected": rejected, "unusable": unusable })
+        ));
+        return Ok(());
     }
     let width = |column: fn(&Row) -> usize| rows.iter().map(column).max().unwrap_or(0);
     let (keys, versions) = (width(|row| row.key.len()), width(|row| row.version.len()));
@@ -89,6 +95,10 @@ fn list(matches: &ArgMatches, setup: &Setup) {
     for file in &setup.plugins.rejected {
         print_line(format_args!("refused    {}\n           {}", file.path.display(), file.reason));
     }
+    for (kind, key, reason) in &unusable {
+        print_line(format_args!("refused    {kind} {key}, as configured\n           {reason}"));
+    }
+    Ok(())
 }
 
 fn inspect(matches: &ArgMatches) -> Result<(), Failure> {
