@@ -1,7 +1,7 @@
 //! Backends that fail: whom it hits, what it is told, and what goes on.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepOutputs};
 use setu_core::ids::Ticket;
@@ -11,6 +11,7 @@ use setu_core::view::StepView;
 use setu_core::{Error, ErrorKind, Result};
 use setu_engine::FinishReason;
 use setu_engine::core::Turn;
+use setu_engine::trace::StepTrace;
 use setu_testkit::rng::Rng;
 
 use crate::rig::{Ask, Rig, Setup, VOCAB, full, windowed};
@@ -298,6 +299,55 @@ fn whoever_survives_a_flaky_backend_has_the_right_answer() {
         }
     }
     assert!(right > 100 && failed > 50, "{right} are right, {failed} failed");
+}
+
+/// Takes five milliseconds for every step.
+struct Timed {
+    inner: Box<dyn Executable>,
+    clock: Arc<OnceLock<Arc<AtomicU64>>>,
+}
+
+impl Executable for Timed {
+    fn info(&self) -> ExecutableInfo {
+        self.inner.info()
+    }
+
+    fn submit(&mut self, step: &Step<'_>) -> Result<Ticket> {
+        self.inner.submit(step)
+    }
+
+    fn provide(&mut self, ticket: Ticket, masks: &Masks<'_>) -> Result<()> {
+        self.inner.provide(ticket, masks)
+    }
+
+    fn wait(&mut self, ticket: Ticket, outputs: &mut StepOutputs<'_>) -> Result<()> {
+        self.clock.get().unwrap().fetch_add(5_000_000, Ordering::AcqRel);
+        self.inner.wait(ticket, outputs)
+    }
+}
+
+#[test]
+fn a_step_behind_another_is_timed_from_the_end_of_that() {
+    for steps_in_flight in [1, 2] {
+        let clock = Arc::new(OnceLock::new());
+        let setup = Setup { steps_in_flight, ..Setup::default() };
+        let mut parts = setup.parts(&full());
+        parts.executable = Box::new(Timed { inner: parts.executable, clock: clock.clone() });
+        let mut rig = Rig::of(&full(), &setup, parts);
+        clock.set(rig.clock.clone()).unwrap();
+        let (sender, took) = std::sync::mpsc::channel();
+        rig.core.set_tracer(Some(Box::new(move |entry| {
+            if let StepTrace::Finished { took_s, .. } = entry {
+                sender.send(*took_s).unwrap();
+            }
+        })));
+        rig.add(&ask(1));
+        rig.run();
+        rig.core.set_tracer(None);
+        let took: Vec<f64> = took.iter().collect();
+        // A turn of the rig takes a millisecond.
+        assert!(took.len() > 7 && took.iter().all(|took_s| (0.0049..0.0061).contains(took_s)), "{took:?}");
+    }
 }
 
 #[test]

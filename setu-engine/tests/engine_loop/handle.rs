@@ -13,7 +13,7 @@ use setu_engine::trace::StepTrace;
 use setu_engine::{Engine, Event, FinishReason, Health, Request, SamplingParams, Session};
 use setu_testkit::rng::Rng;
 
-use crate::rig::{Ask, MAX_LEN, Rig, Setup, VOCAB, full, within_a_minute};
+use crate::rig::{Ask, MAX_LEN, Rig, Setup, VOCAB, full, without_hanging};
 use crate::tokens::strangers;
 
 fn start(setup: &Setup) -> Engine {
@@ -49,7 +49,7 @@ fn reason_of(session: &Session) -> Option<FinishReason> {
 
 #[test]
 fn many_threads_add_abort_and_drop() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup { max_sessions: 8, pages: vec![60; 2], ..Setup::default() });
         let model = full();
         std::thread::scope(|scope| {
@@ -84,7 +84,7 @@ fn many_threads_add_abort_and_drop() {
 
 #[test]
 fn dropping_a_session_aborts_it() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup::default());
         let gate = Gate::put_in(&engine);
         let sessions = engine.add_session(request(&endless(1).with(|params| params.n = 3))).unwrap();
@@ -98,7 +98,7 @@ fn dropping_a_session_aborts_it() {
 
 #[test]
 fn dropping_the_engine_ends_its_thread_and_its_sessions() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup::default());
         let sessions: Vec<Session> =
             (0..5).flat_map(|seed| engine.add_session(request(&endless(seed))).unwrap()).collect();
@@ -157,7 +157,7 @@ impl Gate {
 
 #[test]
 fn health_tells_a_component_that_hangs() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup::default());
         assert_eq!(engine.health(Duration::ZERO), Health::Ok, "an idle engine is healthy");
         let gate = Gate::put_in(&engine);
@@ -172,14 +172,14 @@ fn health_tells_a_component_that_hangs() {
         assert_eq!(tokens_of(&sessions[0]), full().answer(&ask).tokens);
         let start = Instant::now();
         while engine.health(Duration::ZERO) != Health::Ok {
-            assert!(start.elapsed() < Duration::from_secs(20));
+            assert!(start.elapsed() < Duration::from_secs(200));
         }
     });
 }
 
 #[test]
 fn more_sessions_than_the_queue_takes_are_turned_away() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup { max_queue: 3, ..Setup::default() });
         let gate = Gate::put_in(&engine);
         let first = engine.add_session(request(&endless(1).with(|params| params.n = 2))).unwrap();
@@ -254,7 +254,7 @@ fn requests_that_make_no_sense_are_refused_with_the_reason() {
 
 #[test]
 fn every_choice_has_a_seed_of_its_own_that_gives_its_answer_again() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup::default());
         let mut seeds = Vec::new();
         for _ in 0..3 {
@@ -358,7 +358,7 @@ fn a_text_sink_that_panics_ends_its_session_alone() {
             panic!("another bug of the host")
         }
     }
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup::default());
         let bystander = engine.add_session(request(&endless(1))).unwrap();
         let mut reasons = Vec::new();
@@ -376,14 +376,14 @@ fn a_text_sink_that_panics_ends_its_session_alone() {
 
 #[test]
 fn an_engine_whose_thread_dies_says_so() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let engine = start(&Setup::default());
         let bystander = engine.add_session(request(&endless(1))).unwrap();
         engine.set_tracer(Some(Box::new(|_| panic!("a bug of the host")))).unwrap();
         assert_eq!(reason_of(&bystander[0]), None);
         let start = Instant::now();
         while engine.health(Duration::from_secs(60)) != Health::Stopped {
-            assert!(start.elapsed() < Duration::from_secs(20));
+            assert!(start.elapsed() < Duration::from_secs(200));
         }
         assert_eq!(engine.add_session(request(&endless(3))).unwrap_err().message(), "the engine has stopped");
         assert_eq!(engine.stats().unwrap_err().message(), "the engine has stopped");
@@ -420,7 +420,7 @@ fn a_long_queue_learns_of_cached_prefixes_too() {
 
 #[test]
 fn what_is_swapped_in_is_what_runs() {
-    within_a_minute(|| {
+    without_hanging(|| {
         let setup = Setup::default();
         let engine = start(&setup);
         engine.swap_scheduler("mine", setup.fcfs()).unwrap();
