@@ -41,49 +41,98 @@ pub fn gate(vectors: Vectors, kind: ActivationKind, gate: &mut [f32], up: &[f32]
     }
 }
 
-/// x · σ(x) as x / (1 + e^−x), which is 0 and not NaN where e^−x overflows.
-#[inline(always)]
-fn silu_lanes(x: [f32; LANES]) -> [f32; LANES] {
-    vector::both(x, vector::exp(vector::each(x, |x| -x)), |x, e| x / (1.0 + e))
+/// Applies a function of [`lanes`] to a slice. A macro, since a function that is passed on may be compiled apart
+/// from the loop that calls it, and then without the loop's instructions.
+macro_rules! apply {
+    ($function:path, $values:expr) => {{
+        let (chunks, rest) = $values.as_chunks_mut::<LANES>();
+        for chunk in chunks {
+            *chunk = $function(*chunk);
+        }
+        let mut last = [0.0; LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        rest.copy_from_slice(&$function(last)[..rest.len()]);
+    }};
+}
+
+/// Functions of sixteen lanes.
+mod lanes {
+    use crate::vector::{LANES, both, each, erf, exp, tanh};
+
+    type Lanes = [f32; LANES];
+
+    /// x · σ(x) as x / (1 + e^−x), which is 0 and not NaN where e^−x overflows.
+    #[inline(always)]
+    pub fn silu(x: Lanes) -> Lanes {
+        both(x, exp(each(x, |x| -x)), |x, e| x / (1.0 + e))
+    }
+
+    #[inline(always)]
+    pub fn silu_gate(gate: Lanes, up: Lanes) -> Lanes {
+        both(silu(gate), up, |gate, up| gate * up)
+    }
+
+    #[inline(always)]
+    pub fn gelu(x: Lanes) -> Lanes {
+        both(x, erf(each(x, |x| x * std::f32::consts::FRAC_1_SQRT_2)), |x, erf| 0.5 * x * (1.0 + erf))
+    }
+
+    #[inline(always)]
+    pub fn gelu_tanh(x: Lanes) -> Lanes {
+        let inner = each(x, |x| 0.797_884_6 * (x + 0.044_715 * x * x * x));
+        both(x, tanh(inner), |x, tanh| 0.5 * x * (1.0 + tanh))
+    }
+
+    #[inline(always)]
+    pub fn relu(x: Lanes) -> Lanes {
+        each(x, |x| if x < 0.0 { 0.0 } else { x })
+    }
+
+    #[inline(always)]
+    pub fn relu_squared(x: Lanes) -> Lanes {
+        each(x, |x| if x < 0.0 { 0.0 } else { x * x })
+    }
+
+    #[inline(always)]
+    pub fn sigmoid(x: Lanes) -> Lanes {
+        each(exp(each(x, |x| -x)), |e| 1.0 / (1.0 + e))
+    }
 }
 
 vectorized! {
     fn silu(values: &mut [f32]) {
-        vector::map(values, silu_lanes);
+        apply!(lanes::silu, values);
     }
 
     fn silu_gate(gate: &mut [f32], up: &[f32]) {
-        vector::zip(gate, up, |gate, up| {
-            vector::both(silu_lanes(gate), up, |gate, up| gate * up)
-        });
+        let ((chunks, rest), (up_chunks, up_rest)) = (gate.as_chunks_mut::<LANES>(), up.as_chunks::<LANES>());
+        for (gate, up) in chunks.iter_mut().zip(up_chunks) {
+            *gate = lanes::silu_gate(*gate, *up);
+        }
+        let (mut last, mut last_up) = ([0.0; LANES], [0.0; LANES]);
+        last[..rest.len()].copy_from_slice(rest);
+        last_up[..rest.len()].copy_from_slice(&up_rest[..rest.len()]);
+        rest.copy_from_slice(&lanes::silu_gate(last, last_up)[..rest.len()]);
     }
 
     fn gelu(values: &mut [f32]) {
-        vector::map(values, |x| {
-            let erf = vector::erf(vector::each(x, |x| x * std::f32::consts::FRAC_1_SQRT_2));
-            vector::both(x, erf, |x, erf| 0.5 * x * (1.0 + erf))
-        });
+        apply!(lanes::gelu, values);
     }
 
     fn gelu_tanh(values: &mut [f32]) {
-        vector::map(values, |x| {
-            let tanh = vector::tanh(vector::each(x, |x| 0.797_884_6 * (x + 0.044_715 * x * x * x)));
-            vector::both(x, tanh, |x, tanh| 0.5 * x * (1.0 + tanh))
-        });
+        apply!(lanes::gelu_tanh, values);
     }
 
     fn relu(values: &mut [f32]) {
-        vector::map(values, |x| vector::each(x, |x| if x < 0.0 { 0.0 } else { x }));
+        apply!(lanes::relu, values);
     }
 
     fn relu_squared(values: &mut [f32]) {
-        vector::map(values, |x| vector::each(x, |x| if x < 0.0 { 0.0 } else { x * x }));
+        apply!(lanes::relu_squared, values);
     }
 
     fn sigmoid(values: &mut [f32]) {
-        vector::map(values, |x| {
-            vector::each(vector::exp(vector::each(x, |x| -x)), |e| 1.0 / (1.0 + e))
-        });
+        apply!(lanes::sigmoid, values);
     }
 }
 
