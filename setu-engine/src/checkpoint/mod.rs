@@ -85,7 +85,7 @@ impl Checkpoint {
     ///
     /// let checkpoint = Checkpoint::open("SmolLM2-135M-Instruct.Q4_1.gguf".as_ref())?;
     /// println!("{}: {} parameters", checkpoint.architecture(), checkpoint.parameters());
-    /// # setu_core::Result::Ok(())
+    /// # Ok::<(), setu_core::Error>(())
     /// ```
     pub fn open(path: &Path) -> Result<Checkpoint> {
         files::open(path).map(|contents| Checkpoint(Arc::new(contents)))
