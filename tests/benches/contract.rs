@@ -16,6 +16,7 @@ use setu_engine::plugins::{PluginOptions, discover};
 use setu_engine::{Engine, Event, Guarded, Request, Session};
 use setu_host::serving::Serving;
 use setu_tests::extensions::{cdylib, plugin_folder};
+use setu_tests::figures::median;
 use setu_tests::models::default_model_or_skip;
 
 fn main() {
@@ -121,11 +122,6 @@ fn tokens_per_s(serving: &Serving) -> f64 {
         }
     }
     f64::from(tokens - 1) / first.expect("a token").elapsed().as_secs_f64()
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// Decodes `tokens` tokens of each of `sessions` sessions on [`Nothing`].

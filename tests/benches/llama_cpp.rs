@@ -9,6 +9,7 @@ use std::time::Instant;
 use setu_core::sampling::SamplingParams;
 use setu_engine::{Event, Request};
 use setu_host::serving::Serving;
+use setu_tests::figures::median;
 use setu_tests::models::default_model_or_skip;
 
 const ROUNDS: usize = 7;
@@ -83,9 +84,4 @@ fn measure_peer(peer: &str, model: &str) -> (f64, f64) {
         rate.unwrap_or_else(|| panic!("llama-bench printed no row {test}:\n{table}"))
     };
     (rate(format!("tg{n}")), rate(format!("pp{p}")))
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -7,6 +7,7 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use setu_tests::figures::median;
 use setu_tests::models::default_model_or_skip;
 use setu_tests::program;
 
@@ -39,11 +40,11 @@ fn main() {
             first_token.push(seconds);
         }
     }
-    first_token.sort_by(f64::total_cmp);
+    let median = median(&mut first_token);
     println!("process start to first token, {RUNS} runs, page cache warm");
     println!(
         "  median {:.0} ms, from {:.0} to {:.0} ms",
-        first_token[RUNS / 2] * 1e3,
+        median * 1e3,
         first_token[0] * 1e3,
         first_token[RUNS - 1] * 1e3
     );

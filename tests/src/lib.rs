@@ -1,6 +1,7 @@
 //! Whole-workspace tests.
 
 pub mod extensions;
+pub mod figures;
 pub mod logs;
 pub mod models;
 pub mod program;

@@ -74,20 +74,11 @@ fn inspect(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
         .iter()
         .map(|file| json!({ "path": file.path.display().to_string(), "bytes": file.bytes }))
         .collect();
-    let mut formats: Vec<(String, u64, u64)> = Vec::new();
-    for tensor in &info.tensors {
-        let elements: u64 = tensor.shape.iter().map(|&dim| dim as u64).product();
-        let name = tensor.dtype.to_string();
-        match formats.iter_mut().find(|(format, ..)| *format == name) {
-            Some((_, tensors, sum)) => (*tensors, *sum) = (*tensors + 1, *sum + elements),
-            None => formats.push((name, 1, elements)),
-        }
-    }
-    let parameters: u64 = formats.iter().map(|(.., elements)| elements).sum();
+    let (formats, parameters) = (model.checkpoint.formats(), model.checkpoint.parameters());
     if matches.get_flag("json") {
         let formats: Vec<Value> = formats
             .iter()
-            .map(|(format, tensors, elements)| json!({ "format": format, "tensors": tensors, "elements": elements }))
+            .map(|(format, totals)| json!({ "format": format, "tensors": totals.tensors, "elements": totals.parameters }))
             .collect();
         let mut shown = json!({
             "name": model.name, "format": info.format, "architecture": info.architecture, "parameters": parameters,
@@ -105,8 +96,9 @@ fn inspect(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
     for file in model.checkpoint.files() {
         print_line(format_args!("file          {} ({})", file.path.display(), human_bytes(file.bytes)));
     }
-    for (format, tensors, elements) in &formats {
-        print_line(format_args!("tensors       {tensors} in {format}, {:.1} M elements", *elements as f64 / 1e6));
+    for (format, totals) in &formats {
+        let (tensors, elements) = (totals.tensors, totals.parameters as f64 / 1e6);
+        print_line(format_args!("tensors       {tensors} in {format}, {elements:.1} M elements"));
     }
     if let Value::Object(metadata) = &info.metadata {
         for (key, value) in metadata {
