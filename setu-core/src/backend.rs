@@ -124,6 +124,9 @@ pub struct ExecutableInfo {
     pub workspace_bytes: u64,
     /// Whether a token's result never depends on what else is in the step.
     pub batch_invariant: bool,
+    /// Whether steps take no real time: the engine's clock then goes on by what each step says it was busy.
+    #[serde(default)]
+    pub virtual_time: bool,
 }
 
 /// A token that the step before is still sampling.

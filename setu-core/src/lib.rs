@@ -22,6 +22,7 @@ pub mod error;
 pub mod graph;
 pub mod ids;
 pub mod model;
+mod reasons;
 pub mod registry;
 pub mod rows;
 pub mod sampling;
@@ -46,7 +47,7 @@ pub use scheduler::Scheduler;
 /// What the author of a component usually needs.
 pub mod prelude {
     pub use crate::backend::{Backend, CompileOptions, DeviceInfo, Executable, ExecutableInfo, WeightData};
-    pub use crate::batcher::{Batcher, Chunks};
+    pub use crate::batcher::{Batcher, BatcherProperties, Chunks};
     pub use crate::component::Component;
     pub use crate::config::{Config, ConfigEnum};
     pub use crate::dtype::DType;
@@ -55,6 +56,8 @@ pub mod prelude {
     pub use crate::ids::{SessionId, TenantId, Ticket};
     pub use crate::model::{CheckpointFormat, CheckpointInfo, GraphOptions, Model};
     pub use crate::rows::{Column, Rows};
-    pub use crate::scheduler::{Decisions, EventKind, Preemption, Scheduler, SessionEvent};
-    pub use crate::view::{SessionState, SessionView, StepOutcome, StepView};
+    pub use crate::scheduler::{
+        Charges, Decisions, EventKind, Preemption, Scheduler, SchedulerProperties, SessionEvent,
+    };
+    pub use crate::view::{SessionState, SessionView, StepOutcome, StepView, TenantView};
 }

@@ -23,8 +23,11 @@
 //! }
 //! ```
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 use crate::ids::{SessionId, TenantId};
+use crate::reasons::{ReasonBuffer, Reasons, Span};
 use crate::rows::{Row, Rows};
 use crate::view::StepView;
 
@@ -44,6 +47,37 @@ pub trait Scheduler: Send {
     fn observe(&mut self, events: Rows<'_, SessionEvent>) {
         let _ = events;
     }
+
+    /// What it promises, as configured; the conformance kit holds it to that.
+    fn properties(&self) -> SchedulerProperties {
+        SchedulerProperties::default()
+    }
+}
+
+/// What a scheduler declares of itself. Nothing is promised by default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct SchedulerProperties {
+    /// Somebody runs whenever somebody could.
+    pub work_conserving: bool,
+    /// Under a load that the engine can bear, nobody is passed over forever.
+    pub starvation_free: bool,
+    /// Nobody runs in front of somebody more urgent who could.
+    pub strict_priority: bool,
+    /// Two tenants that both always wait for more differ by at most this much in what they were served,
+    /// each divided by its weight, in tokens as the scheduler charges them.
+    pub fair_within_tokens: Option<f64>,
+    /// Charged for a prompt token computed, one found in the prefix cache, and one generated.
+    pub charges: Option<Charges>,
+}
+
+/// Weights of tokens in a scheduler's accounts; see [`SchedulerProperties::fair_within_tokens`].
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Charges {
+    pub prefill: f64,
+    pub cached: f64,
+    pub generated: f64,
 }
 
 /// What becomes of a preempted session's pages.
@@ -74,6 +108,8 @@ pub enum EventKind {
     Aborted = 3,
     /// Lost its pages.
     Preempted = 4,
+    /// The scheduler itself took longer for a step than the engine's budget; `cost_s` says how long. Of no session.
+    Overran = 5,
     /// A kind that this build doesn't know.
     Other = u32::MAX,
 }
@@ -94,6 +130,8 @@ pub struct SessionEvent {
     /// Tokens generated.
     pub generated_tokens: u32,
     reserved: u32,
+    /// Seconds of the step's time that fall to it, by the step-time model.
+    pub cost_s: f64,
 }
 
 // SAFETY: repr(C), plain data; fields are added at the end.
@@ -110,6 +148,7 @@ impl SessionEvent {
             cached_tokens: 0,
             generated_tokens: 0,
             reserved: 0,
+            cost_s: 0.0,
         }
     }
 
@@ -120,6 +159,7 @@ impl SessionEvent {
             2 => EventKind::Finished,
             3 => EventKind::Aborted,
             4 => EventKind::Preempted,
+            5 => EventKind::Overran,
             _ => EventKind::Other,
         }
     }
@@ -131,14 +171,11 @@ pub struct Decisions<'a> {
     rows: *mut RawDecision,
     capacity: u32,
     len: u32,
-    text: *mut u8,
-    text_capacity: u32,
-    text_len: u32,
+    reasons: Reasons<'a>,
     wake_at_s: f64,
     /// Decisions that found no room.
     dropped: u32,
     recording: u32,
-    lifetime: std::marker::PhantomData<&'a mut [u8]>,
 }
 
 /// A decision as it crosses the ABI.
@@ -148,8 +185,7 @@ struct RawDecision {
     id: u64,
     value: f64,
     verb: u32,
-    text_start: u32,
-    text_len: u32,
+    reason: Span,
     argument: u32,
 }
 
@@ -167,6 +203,12 @@ impl Decisions<'_> {
     /// As [`run`](Decisions::run), with a reason for the decision record.
     pub fn run_because(&mut self, id: SessionId, reason: &str) {
         self.push(id, VERB_RUN, 0, 0.0, reason);
+    }
+
+    /// As [`run_because`](Decisions::run_because), with a chunk of at most `most_tokens` tokens, at least 1,
+    /// whatever the batcher would give.
+    pub fn run_capped(&mut self, id: SessionId, most_tokens: u32, reason: &str) {
+        self.push(id, VERB_RUN, most_tokens.max(1), 0.0, reason);
     }
 
     /// Makes `id` wait, with a reason for the decision record. Saying nothing about it does the same.
@@ -199,26 +241,11 @@ impl Decisions<'_> {
             self.dropped = self.dropped.saturating_add(1);
             return;
         }
-        let room = (self.text_capacity - self.text_len) as usize;
-        let mut text_len = reason.len().min(room);
-        while !reason.is_char_boundary(text_len) {
-            text_len -= 1;
-        }
-        // SAFETY: the engine made `rows` with `capacity` and `text` with `text_capacity` elements, both
-        // borrowed exclusively for the lifetime; `len` and `text_len` are below them.
-        unsafe {
-            self.rows.add(self.len as usize).write(RawDecision {
-                id: id.0,
-                value,
-                verb,
-                text_start: self.text_len,
-                text_len: text_len as u32,
-                argument,
-            });
-            self.text.add(self.text_len as usize).copy_from_nonoverlapping(reason.as_ptr(), text_len);
-        }
+        let reason = self.reasons.push(reason);
+        // SAFETY: the engine made `rows` with `capacity` elements, borrowed exclusively for the lifetime;
+        // `len` is below.
+        unsafe { self.rows.add(self.len as usize).write(RawDecision { id: id.0, value, verb, reason, argument }) };
         self.len += 1;
-        self.text_len += text_len as u32;
     }
 }
 
@@ -236,6 +263,8 @@ pub enum Verdict {
 pub struct Decision<'a> {
     pub id: SessionId,
     pub verdict: Verdict,
+    /// With [`Verdict::Run`]: most tokens that its chunk may hold; 0 leaves it to the batcher.
+    pub chunk_cap: u32,
     pub reason: &'a str,
 }
 
@@ -243,9 +272,8 @@ pub struct Decision<'a> {
 #[derive(Debug, Default)]
 pub struct DecisionBuffer {
     rows: Vec<RawDecision>,
-    text: Vec<u8>,
+    reasons: ReasonBuffer,
     len: usize,
-    text_len: usize,
     dropped: u32,
     wake_at_s: f64,
     recording: bool,
@@ -261,27 +289,24 @@ impl DecisionBuffer {
     pub fn fill<R>(&mut self, sessions: usize, write: impl FnOnce(&mut Decisions<'_>) -> R) -> R {
         let capacity = 2 * sessions + 16;
         if self.rows.len() < capacity {
-            let empty = RawDecision { id: 0, value: 0.0, verb: VERB_WAIT, text_start: 0, text_len: 0, argument: 0 };
+            let empty = RawDecision { id: 0, value: 0.0, verb: VERB_WAIT, reason: Span::default(), argument: 0 };
             self.rows.resize(capacity, empty);
-            self.text.resize(capacity * 64, 0);
         }
         let mut decisions = Decisions {
             rows: self.rows.as_mut_ptr(),
             capacity: self.rows.len() as u32,
             len: 0,
-            text: self.text.as_mut_ptr(),
-            text_capacity: self.text.len() as u32,
-            text_len: 0,
+            reasons: self.reasons.lend(capacity),
             wake_at_s: f64::INFINITY,
             dropped: 0,
             recording: u32::from(self.recording),
-            lifetime: std::marker::PhantomData,
         };
         let result = write(&mut decisions);
-        self.len = (decisions.len as usize).min(self.rows.len());
-        self.text_len = (decisions.text_len as usize).min(self.text.len());
-        self.dropped = decisions.dropped;
-        self.wake_at_s = decisions.wake_at_s;
+        let Decisions { len, dropped, wake_at_s, reasons: Reasons { len: text_len, .. }, .. } = decisions;
+        self.len = (len as usize).min(self.rows.len());
+        self.reasons.written(text_len);
+        self.dropped = dropped;
+        self.wake_at_s = wake_at_s;
         result
     }
 
@@ -297,10 +322,8 @@ impl DecisionBuffer {
                 (VERB_REJECT, _) => Verdict::Reject { retry_after_s: row.value.is_finite().then_some(row.value) },
                 (verb, _) => return Err(verb),
             };
-            let start = (row.text_start as usize).min(self.text_len);
-            let end = (start + row.text_len as usize).min(self.text_len);
-            let reason = std::str::from_utf8(&self.text[start..end]).unwrap_or("(the reason is not UTF-8)");
-            Ok(Decision { id: SessionId(row.id), verdict, reason })
+            let chunk_cap = if verdict == Verdict::Run { row.argument } else { 0 };
+            Ok(Decision { id: SessionId(row.id), verdict, chunk_cap, reason: self.reasons.get(row.reason) })
         })
     }
 
@@ -330,7 +353,7 @@ mod tests {
             decisions.wake_at(9.0);
         });
         let read: Vec<_> = buffer.iter().map(Result::unwrap).collect();
-        assert_eq!(read[0], Decision { id: SessionId(3), verdict: Verdict::Run, reason: "" });
+        assert_eq!(read[0], Decision { id: SessionId(3), verdict: Verdict::Run, chunk_cap: 0, reason: "" });
         assert_eq!(read[1].verdict, Verdict::Preempt(Preemption::Keep));
         assert_eq!(read[1].reason, "older work first");
         assert_eq!(read[2].verdict, Verdict::Reject { retry_after_s: Some(2.5) });
@@ -352,12 +375,11 @@ mod tests {
             decisions.run_because(SessionId(1), "because");
             // SAFETY: row 0 was just written.
             unsafe {
-                (*decisions.rows).text_start = 5;
-                (*decisions.rows).text_len = u32::MAX;
+                (*decisions.rows).reason = Span { start: 5, len: u32::MAX };
                 (*decisions.rows.add(1)).verb = 77;
             }
             decisions.len = u32::MAX;
-            decisions.text_len = u32::MAX;
+            decisions.reasons.len = u32::MAX;
         });
         let read: Vec<_> = buffer.iter().collect();
         assert_eq!(read.len(), 18);

@@ -24,6 +24,9 @@ pub enum SessionState {
     Held = 4,
 }
 
+/// The priority of a session whose request names none.
+pub const UNSET_PRIORITY: i32 = i32::MIN;
+
 /// A live session. Read-only; made by the engine (and by tests of policies: start from `default()`).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
@@ -31,7 +34,7 @@ pub enum SessionState {
 pub struct SessionView {
     pub id: SessionId,
     pub tenant: TenantId,
-    /// Higher is more urgent. The range is the scheduler's to define.
+    /// Higher is more urgent. The range is the scheduler's to define, and so is what [`UNSET_PRIORITY`] counts as.
     pub priority: i32,
     /// The tenant's share under contention, 1.0 unless configured.
     pub tenant_weight: f64,
@@ -69,6 +72,21 @@ pub struct SessionView {
     state: u32,
     /// Adapter in use, 0 for none.
     pub adapter: u32,
+    /// Index of its tenant in [`StepView::tenants`].
+    pub tenant_index: u32,
+    /// A small number that no other live session has, for tables of a policy's own; given to another session
+    /// once this one has ended.
+    pub handle: u32,
+    /// The class of application that the request names, 0 for none.
+    pub class: u32,
+    /// Tokens that it is expected to generate in all: what sessions of its tenant and class came to lately, no
+    /// more than `max_tokens`; `max_tokens` while none has ended.
+    pub expected_tokens: u32,
+    /// Most tokens that its next chunk may hold, as the scheduler decided for this step; 0 for no limit.
+    pub chunk_cap: u32,
+    reserved: u32,
+    /// Seconds of step time that fell to it so far, by the step-time model.
+    pub service_s: f64,
 }
 
 // SAFETY: repr(C), plain data; fields are added at the end.
@@ -79,7 +97,7 @@ impl Default for SessionView {
         SessionView {
             id: SessionId(0),
             tenant: TenantId(0),
-            priority: 0,
+            priority: UNSET_PRIORITY,
             tenant_weight: 1.0,
             arrival_s: 0.0,
             first_run_s: f64::INFINITY,
@@ -101,6 +119,13 @@ impl Default for SessionView {
             steps_in_flight: 0,
             state: SessionState::Waiting as u32,
             adapter: 0,
+            tenant_index: 0,
+            handle: 0,
+            class: 0,
+            expected_tokens: 0,
+            chunk_cap: 0,
+            reserved: 0,
+            service_s: 0.0,
         }
     }
 }
@@ -126,6 +151,35 @@ impl SessionView {
         self.len_tokens.saturating_sub(self.scheduled_tokens)
     }
 
+    /// Tokens that its next chunk can do something for: [`pending_tokens`](SessionView::pending_tokens) without
+    /// those that the prefix cache will provide, of which the last is computed all the same, and no more than the
+    /// scheduler's [`chunk_cap`](SessionView::chunk_cap).
+    pub fn tokens_to_compute(&self) -> u32 {
+        let pending = self.pending_tokens();
+        let cap = if self.chunk_cap == 0 { u32::MAX } else { self.chunk_cap };
+        pending.saturating_sub(self.cached_ahead()).max(pending.min(1)).min(cap)
+    }
+
+    /// Tokens of the prefix cache that it will share when it next runs.
+    pub fn cached_ahead(&self) -> u32 {
+        if self.pages_held == 0 { self.cached_tokens.saturating_sub(self.scheduled_tokens) } else { 0 }
+    }
+
+    /// Tokens before its next chunk: those scheduled, and those that the prefix cache will provide.
+    pub fn context_tokens(&self) -> u32 {
+        self.scheduled_tokens + self.cached_ahead()
+    }
+
+    /// Whether its next chunk is the one token of a decode.
+    pub fn is_decode(&self) -> bool {
+        self.tokens_to_compute() == 1
+    }
+
+    /// Its priority, `default` where the request names none.
+    pub fn priority_or(&self, default: i32) -> i32 {
+        if self.priority == UNSET_PRIORITY { default } else { self.priority }
+    }
+
     /// Whether any chunk of it was ever submitted.
     pub fn has_run(&self) -> bool {
         self.first_run_s.is_finite()
@@ -134,6 +188,39 @@ impl SessionView {
     /// Seconds it has waited without ever running, 0 once it has run.
     pub fn waited_s(&self, now_s: f64) -> f64 {
         if self.has_run() { 0.0 } else { (now_s - self.arrival_s).max(0.0) }
+    }
+}
+
+/// Whom sessions are accounted to, while any of theirs is live; counts are of what steps were waited for.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+#[non_exhaustive]
+pub struct TenantView {
+    pub id: TenantId,
+    /// Live sessions.
+    pub sessions: u32,
+    /// Of these, sessions that hold pages or take part in a step.
+    pub running: u32,
+    reserved: u32,
+    /// Share under contention.
+    pub weight: f64,
+    /// Since when it has had live sessions without a break.
+    pub active_since_s: f64,
+    /// Prompt tokens computed, and found in the prefix cache, since it became active.
+    pub prefill_tokens: u64,
+    pub cached_tokens: u64,
+    /// Tokens generated since it became active.
+    pub generated_tokens: u64,
+    /// Seconds of step time that fell to it since it became active, by the step-time model.
+    pub service_s: f64,
+}
+
+// SAFETY: repr(C), plain data; fields are added at the end.
+unsafe impl Row for TenantView {}
+
+impl TenantView {
+    pub fn new(id: TenantId, weight: f64) -> TenantView {
+        TenantView { id, weight, ..TenantView::default() }
     }
 }
 
@@ -199,10 +286,14 @@ impl StepWork {
             self.decodes += 1;
             self.decode_context += u64::from(context) + 1;
         } else {
-            self.prefill_tokens += tokens;
-            let (tokens, context) = (u64::from(tokens), u64::from(context));
-            self.prefill_context += tokens * context + tokens * (tokens + 1) / 2;
+            self.add_prefill(tokens, context);
         }
+    }
+
+    fn add_prefill(&mut self, tokens: u32, context: u32) {
+        self.prefill_tokens += tokens;
+        let (tokens, context) = (u64::from(tokens), u64::from(context));
+        self.prefill_context += tokens * context + tokens * (tokens + 1) / 2;
     }
 
     pub fn tokens(&self) -> u32 {
@@ -227,6 +318,8 @@ pub struct StepTimeModel {
     pub steps: u64,
     /// Recent mean of |predicted − took| / took.
     pub relative_error: f64,
+    /// What 95 of 100 recent steps stayed under: took / predicted; 0 until enough steps were seen.
+    pub ratio_p95: f64,
 }
 
 // SAFETY: repr(C), plain data; fields are added at the end.
@@ -240,6 +333,27 @@ impl StepTimeModel {
             + self.decode_s * f64::from(work.decodes)
             + self.prefill_context_s * work.prefill_context as f64
             + self.decode_context_s * work.decode_context as f64
+    }
+
+    /// Whether enough steps were seen for predictions to mean something.
+    pub fn is_known(&self) -> bool {
+        self.predict(&StepWork { prefill_tokens: 1, decodes: 1, prefill_context: 1, decode_context: 1 }) > 0.0
+    }
+
+    /// What a chunk of `tokens` behind `context` tokens adds to a step, in seconds.
+    pub fn chunk_s(&self, tokens: u32, context: u32) -> f64 {
+        let mut work = StepWork::default();
+        work.add_chunk(tokens, context);
+        self.predict(&work) - self.base_s
+    }
+
+    /// Seconds that computing `tokens` prompt tokens behind `context` takes in steps of `chunk` tokens that hold
+    /// nothing else.
+    pub fn prefill_s(&self, tokens: u32, context: u32, chunk: u32) -> f64 {
+        let steps = f64::from(tokens.div_ceil(chunk.max(1)));
+        let mut work = StepWork::default();
+        work.add_prefill(tokens, context);
+        steps * self.base_s + self.predict(&work) - self.base_s
     }
 }
 
@@ -281,9 +395,12 @@ pub struct StepView<'a> {
     pub kv_groups: Rows<'a, KvGroupView>,
     pub last_step: &'a StepOutcome,
     pub step_time: &'a StepTimeModel,
+    /// Every tenant that has live sessions; empty where the engine is too old to tell.
+    pub tenants: Rows<'a, TenantView>,
 }
 
 impl<'a> StepView<'a> {
+    /// A view without tenants; the caller sets them.
     pub fn new(
         now_s: f64,
         step: u64,
@@ -303,6 +420,7 @@ impl<'a> StepView<'a> {
             kv_groups: Rows::new(kv_groups),
             last_step: history.0,
             step_time: history.1,
+            tenants: Rows::default(),
         }
     }
 
@@ -335,6 +453,44 @@ mod tests {
             session.pages_held = held;
             assert_eq!(group.pages_for(&session, tokens), pages, "{scheduled} {cached} {held} {tokens}");
         }
+    }
+
+    #[test]
+    fn a_chunk_is_what_neither_cache_nor_cap_takes() {
+        // (len, scheduled, cached, pages held, cap, to compute, context)
+        let cases = [
+            (100, 0, 0, 0, 0, 100, 0),
+            (100, 0, 32, 0, 0, 68, 32),
+            (100, 32, 32, 2, 0, 68, 32),
+            (100, 0, 100, 0, 0, 1, 100),
+            (100, 32, 0, 2, 10, 10, 32),
+            (100, 100, 0, 7, 10, 0, 100),
+        ];
+        for (len_tokens, scheduled_tokens, cached_tokens, pages_held, chunk_cap, tokens, context) in cases {
+            let session = SessionView {
+                len_tokens,
+                scheduled_tokens,
+                cached_tokens,
+                pages_held,
+                chunk_cap,
+                ..SessionView::default()
+            };
+            assert_eq!((session.tokens_to_compute(), session.context_tokens()), (tokens, context), "{session:?}");
+        }
+    }
+
+    #[test]
+    fn a_prefill_takes_what_its_steps_take() {
+        let model =
+            StepTimeModel { base_s: 1e-3, prefill_token_s: 1e-4, prefill_context_s: 1e-7, ..StepTimeModel::default() };
+        let mut sum = 0.0;
+        for start in (0..1000).step_by(300) {
+            let mut work = StepWork::default();
+            work.add_chunk(300.min(1000 - start), 50 + start);
+            sum += model.predict(&work);
+        }
+        assert!((model.prefill_s(1000, 50, 300) - sum).abs() < 1e-12);
+        assert!(model.is_known() && !StepTimeModel::default().is_known());
     }
 
     #[test]

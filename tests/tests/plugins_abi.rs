@@ -1,8 +1,8 @@
-//! ABI 0.1 as a plugin of 0.1 has it compiled in: copies of every structure that crosses by reference.
+//! The ABI as a plugin of each version has it compiled in: copies of every structure that crosses by reference.
 //!
 //! Today's types are read and written through the copies. A field that moves, shrinks or vanishes fails
-//! here, and so does one that is added without raising [`ABI`]: then the minor number goes up, and 0.1
-//! stays as it is for as long as 0.1 is loaded.
+//! here, and so does one that is added without raising [`ABI`]: then the minor number goes up, and what was
+//! stays as it is for as long as its version is loaded. The structures of 0.1 stand whole; of 0.2 what it added.
 
 use std::mem::{align_of, offset_of, size_of};
 
@@ -13,7 +13,7 @@ use setu_core::rows::{Column, ColumnMut, Rows};
 use setu_core::sampling::SamplingParams;
 use setu_core::scheduler::{DecisionBuffer, Decisions, EventKind, Preemption, SessionEvent, Verdict};
 use setu_core::view::{
-    Budgets, KvGroupView, SessionState, SessionView, StepOutcome, StepTimeModel, StepView, StepWork,
+    Budgets, KvGroupView, SessionState, SessionView, StepOutcome, StepTimeModel, StepView, StepWork, TenantView,
 };
 use setu_core::{SessionId, TenantId};
 
@@ -99,7 +99,56 @@ mod v0_1 {
     }
 }
 
-/// `today` as a plugin of 0.1 sees it.
+/// What ABI 0.2 added, behind the structures of 0.1.
+mod v0_2 {
+    use super::v0_1;
+
+    #[repr(C)]
+    pub struct SessionView {
+        pub before: v0_1::SessionView,
+        /// Tenant index, handle, class, expected tokens, chunk cap, reserved.
+        pub counts: [u32; 6],
+        pub service_s: f64,
+    }
+
+    #[repr(C)]
+    pub struct StepView {
+        pub before: v0_1::StepView,
+        pub tenants: v0_1::Rows,
+    }
+
+    #[repr(C)]
+    pub struct TenantView {
+        pub id: u32,
+        /// Sessions, running, reserved.
+        pub sessions: [u32; 3],
+        /// Weight, active since.
+        pub floats: [f64; 2],
+        /// Tokens of prefill, cached, generated.
+        pub tokens: [u64; 3],
+        pub service_s: f64,
+    }
+
+    #[repr(C)]
+    pub struct SessionEvent {
+        pub before: v0_1::SessionEvent,
+        pub cost_s: f64,
+    }
+
+    #[repr(C)]
+    pub struct Chunks {
+        /// `reserved` says since 0.2 whether reasons are recorded.
+        pub before: v0_1::Chunks,
+        pub notes: *mut [u32; 3],
+        pub note_capacity: u32,
+        pub note_len: u32,
+        pub text: *mut u8,
+        pub text_capacity: u32,
+        pub text_len: u32,
+    }
+}
+
+/// `today` as a plugin of an older version sees it.
 fn seen<Today, Old>(today: &Today) -> &Old {
     assert!(size_of::<Today>() >= size_of::<Old>() && align_of::<Today>() >= align_of::<Old>());
     // SAFETY: both are repr(C) and hold plain data or pointers; that the prefix is the same is what the
@@ -115,20 +164,21 @@ fn seen_mut<Today, Old>(today: &mut Today) -> &mut Old {
 
 #[test]
 fn sizes_are_those_of_the_version() {
-    assert_eq!(ABI, AbiVersion { major: 0, minor: 1 }, "a new version: keep these copies, and add its own");
+    assert_eq!(ABI, AbiVersion { major: 0, minor: 2 }, "a new version: keep these copies, and add its own");
     let sizes = [
         ("Rows", size_of::<Rows<'_, u8>>(), size_of::<v0_1::Rows>()),
         ("Column", size_of::<Column<'_, u8>>(), size_of::<v0_1::Column>()),
         ("ColumnMut", size_of::<ColumnMut<'_, u8>>(), size_of::<v0_1::Column>()),
-        ("SessionView", size_of::<SessionView>(), size_of::<v0_1::SessionView>()),
-        ("StepView", size_of::<StepView<'_>>(), size_of::<v0_1::StepView>()),
-        ("SessionEvent", size_of::<SessionEvent>(), size_of::<v0_1::SessionEvent>()),
+        ("SessionView", size_of::<SessionView>(), size_of::<v0_2::SessionView>()),
+        ("StepView", size_of::<StepView<'_>>(), size_of::<v0_2::StepView>()),
+        ("SessionEvent", size_of::<SessionEvent>(), size_of::<v0_2::SessionEvent>()),
         ("Decisions", size_of::<Decisions<'_>>(), size_of::<v0_1::Decisions>()),
-        ("Chunks", size_of::<Chunks<'_>>(), size_of::<v0_1::Chunks>()),
+        ("Chunks", size_of::<Chunks<'_>>(), size_of::<v0_2::Chunks>()),
+        ("TenantView", size_of::<TenantView>(), size_of::<v0_2::TenantView>()),
         ("Chunk", size_of::<Chunk>(), 8),
         ("KvGroupView", size_of::<KvGroupView>(), 20),
         ("StepWork", size_of::<StepWork>(), 24),
-        ("StepTimeModel", size_of::<StepTimeModel>(), 56),
+        ("StepTimeModel", size_of::<StepTimeModel>(), 64),
         ("StepOutcome", size_of::<StepOutcome>(), 48),
         ("Carry", size_of::<Carry>(), 8),
         ("Want", size_of::<Want>(), 20),
@@ -156,7 +206,7 @@ fn public_fields_stay_where_they_are() {
         StepWork { prefill_tokens: 0, decodes: 4, prefill_context: 8, decode_context: 16 }
         StepTimeModel {
             base_s: 0, prefill_token_s: 8, decode_s: 16, prefill_context_s: 24, decode_context_s: 32, steps: 40,
-            relative_error: 48,
+            relative_error: 48, ratio_p95: 56,
         }
         StepOutcome {
             step: 0, predicted_s: 8, took_s: 16, prefill_tokens: 24, decodes: 28, prefill_context: 32,
@@ -233,6 +283,44 @@ fn a_step_view_reads_as_it_did() {
 }
 
 #[test]
+fn what_0_2_added_to_views_stays_where_it_is() {
+    let mut session = SessionView::default();
+    session.tenant_index = 1;
+    session.handle = 2;
+    session.class = 3;
+    session.expected_tokens = 4;
+    session.chunk_cap = 5;
+    session.service_s = 6.0;
+    let old: &v0_2::SessionView = seen(&session);
+    assert_eq!((old.counts, old.service_s), ([1, 2, 3, 4, 5, 0], 6.0));
+
+    let mut tenant = TenantView::new(TenantId(1), 2.0);
+    tenant.sessions = 3;
+    tenant.running = 4;
+    tenant.active_since_s = 5.0;
+    tenant.prefill_tokens = 6;
+    tenant.cached_tokens = 7;
+    tenant.generated_tokens = 8;
+    tenant.service_s = 9.0;
+    let tenants = [tenant];
+    let (outcome, model) = (StepOutcome::default(), StepTimeModel::default());
+    let budgets = Budgets { tokens: 1, sessions: 1, steps_in_flight: 0 };
+    let mut view = StepView::new(0.0, 1, budgets, &[], &[], (&outcome, &model));
+    view.tenants = Rows::new(&tenants);
+    let old: &v0_2::StepView = seen(&view);
+    assert_eq!((old.tenants.len, old.tenants.stride), (1, size_of::<v0_2::TenantView>()));
+    // SAFETY: the one row that the view tells of.
+    let old: &v0_2::TenantView = unsafe { &*old.tenants.first.cast() };
+    assert_eq!((old.id, old.sessions, old.floats), (1, [3, 4, 0], [2.0, 5.0]));
+    assert_eq!((old.tokens, old.service_s), ([6, 7, 8], 9.0));
+
+    let mut event = SessionEvent::new(EventKind::Overran, SessionId(0), TenantId(0), 1.0);
+    event.cost_s = 2.0;
+    let old: &v0_2::SessionEvent = seen(&event);
+    assert_eq!((old.before.kind, old.cost_s), (5, 2.0));
+}
+
+#[test]
 fn an_event_reads_as_it_did() {
     let mut event = SessionEvent::new(EventKind::Preempted, SessionId(1), TenantId(2), 3.0);
     event.prefill_tokens = 4;
@@ -287,6 +375,29 @@ fn what_an_old_batcher_writes_is_understood() {
     });
     assert_eq!(buffer.chunks(), [Chunk { session: 5, tokens: 6 }, Chunk { session: 7, tokens: 8 }]);
     assert_eq!((buffer.wake_at_s(), buffer.dropped()), (9.0, 10));
+}
+
+#[test]
+fn what_a_0_2_policy_writes_is_understood() {
+    let mut buffer = DecisionBuffer::default();
+    buffer.fill(1, |decisions| decisions.run_capped(SessionId(7), 64, "capped"));
+    let read: Vec<_> = buffer.iter().map(|decision| decision.unwrap()).collect();
+    assert_eq!((read[0].verdict, read[0].chunk_cap, read[0].reason), (Verdict::Run, 64, "capped"));
+
+    let mut buffer = ChunkBuffer::default();
+    buffer.set_recording(true);
+    buffer.fill(3, |chunks| {
+        let old: &mut v0_2::Chunks = seen_mut(chunks);
+        assert_eq!((old.before.reserved, old.note_capacity, old.note_len), (1, 19, 0));
+        assert_eq!((old.text_capacity, old.text_len), (19 * 64, 0));
+        // SAFETY: there is room for 19 notes and 19 × 64 bytes of text.
+        unsafe {
+            old.notes.write([5, 1, 2]);
+            old.text.copy_from_nonoverlapping(b"why".as_ptr(), 3);
+        }
+        (old.note_len, old.text_len) = (1, 3);
+    });
+    assert_eq!(buffer.reasons().collect::<Vec<_>>(), [(5, "hy")]);
 }
 
 #[test]

@@ -73,6 +73,7 @@ impl Executable for CpuExecutable {
             kv_bytes: pages.byte_len() as u64,
             workspace_bytes: self.compiled.workspace_bytes() as u64,
             batch_invariant: true,
+            virtual_time: false,
         }
     }
 

@@ -27,29 +27,39 @@ impl Batcher for FixedChunk {
         let mut sessions_left = view.session_budget;
         for decodes in [true, false] {
             for &index in ready.iter() {
-                let wanted = view.sessions.get(index as usize).map_or(0, tokens_to_compute);
-                let tokens = wanted.min(self.0.chunk_tokens).min(tokens_left);
-                if tokens == 0 || (wanted == 1) != decodes {
+                let wanted = view.sessions.get(index as usize).map_or(0, SessionView::tokens_to_compute);
+                if wanted == 0 || (wanted == 1) != decodes {
                     continue;
                 }
-                if sessions_left == 0 {
+                let tokens = if sessions_left == 0 { 0 } else { wanted.min(self.0.chunk_tokens).min(tokens_left) };
+                let full = if sessions_left == 0 {
+                    "the step's sessions are used up"
+                } else {
+                    "the step's tokens are used up"
+                };
+                if tokens == wanted {
+                    chunks.give(index, tokens);
+                } else if tokens > 0 {
+                    chunks.give_because(index, tokens, if tokens == tokens_left { full } else { "chunk_tokens" });
+                } else if chunks.is_recording() {
+                    chunks.defer(index, full);
+                } else {
+                    // Nobody behind gets anything either.
                     return Ok(());
                 }
-                chunks.give(index, tokens);
                 tokens_left -= tokens;
-                sessions_left -= 1;
+                sessions_left = sessions_left.saturating_sub(u32::from(tokens > 0));
             }
         }
         Ok(())
     }
-}
 
-/// Pending tokens without those that the prefix cache will provide; of these the last is computed all the same.
-fn tokens_to_compute(session: &SessionView) -> u32 {
-    let pending = session.pending_tokens();
-    let cached =
-        if session.pages_held == 0 { session.cached_tokens.saturating_sub(session.scheduled_tokens) } else { 0 };
-    pending.saturating_sub(cached).max(pending.min(1))
+    fn properties(&self) -> BatcherProperties {
+        let mut properties = BatcherProperties::default();
+        properties.work_conserving = true;
+        properties.decodes_never_stall = true;
+        properties
+    }
 }
 
 #[cfg(test)]

@@ -54,6 +54,13 @@ impl Scheduler for Fcfs {
         }
         Ok(())
     }
+
+    fn properties(&self) -> SchedulerProperties {
+        let mut properties = SchedulerProperties::default();
+        properties.work_conserving = true;
+        properties.starvation_free = true;
+        properties
+    }
 }
 
 impl Fcfs {
@@ -90,8 +97,7 @@ impl Fcfs {
 
 /// New pages for all that `session` has yet to compute; behind a window, no more than stay in use.
 fn pages_needed(view: &StepView<'_>, group: &KvGroupView, session: &SessionView) -> u32 {
-    let cached = if session.pages_held == 0 { session.cached_tokens } else { 0 };
-    let mut tokens = session.len_tokens.saturating_sub(session.scheduled_tokens.max(cached));
+    let mut tokens = session.pending_tokens().saturating_sub(session.cached_ahead());
     if group.window_tokens > 0 {
         tokens = tokens.min(group.window_tokens.saturating_add(view.token_budget));
     }

@@ -6,8 +6,8 @@ use abi_stable::std_types::RSlice;
 use super::export::{self, call, drop_handle};
 use super::import::Remote;
 use super::module::{BatcherApi, BatcherApiRef, BatcherObject, Exports};
-use super::wire::{ChunksPtr, Handle, OutcomePtr, ReadyPtr, StepViewPtr, WireResult, sent};
-use crate::batcher::{Batcher, Chunks};
+use super::wire::{ChunksPtr, Handle, Json, OutcomePtr, ReadyPtr, StepViewPtr, WireResult, from_json, sent, to_json};
+use crate::batcher::{Batcher, BatcherProperties, Chunks};
 use crate::error::Result;
 use crate::registry::Build;
 use crate::rows::Column;
@@ -15,7 +15,8 @@ use crate::view::{StepOutcome, StepView};
 
 type Exported = Box<dyn Batcher>;
 
-static API: WithMetadata<BatcherApi> = WithMetadata::new(BatcherApi { drop: drop_handle::<Exported>, batch, observe });
+static API: WithMetadata<BatcherApi> =
+    WithMetadata::new(BatcherApi { drop: drop_handle::<Exported>, batch, observe, properties });
 
 pub(super) unsafe extern "C" fn build(
     exports: Exports,
@@ -49,18 +50,32 @@ unsafe extern "C" fn observe(handle: Handle, outcome: OutcomePtr) -> WireResult<
     unsafe { call(handle, "observe", run, |()| ()) }
 }
 
+unsafe extern "C" fn properties(handle: Handle) -> WireResult<Json> {
+    let run = |batcher: &mut Exported| to_json(&batcher.properties());
+    // SAFETY: `build` made the handle, and the host makes one call at a time.
+    unsafe { call(handle, "properties", run, |json| json) }
+}
+
 /// A batcher in a plugin's memory.
 pub(super) struct RemoteBatcher {
     remote: Remote,
     batch: unsafe extern "C" fn(Handle, StepViewPtr, ReadyPtr, ChunksPtr) -> WireResult<()>,
     observe: unsafe extern "C" fn(Handle, OutcomePtr) -> WireResult<()>,
+    properties: BatcherProperties,
 }
 
 impl RemoteBatcher {
     pub fn new(name: &str, object: BatcherObject) -> RemoteBatcher {
         let BatcherObject { handle, api } = object;
         let remote = Remote::new(name, handle, api.drop());
-        RemoteBatcher { remote, batch: api.batch(), observe: api.observe() }
+        // Asked once, for what it promises doesn't change; a plugin that fails to say promises nothing.
+        let properties = api.properties().and_then(|properties| {
+            // SAFETY: the handle belongs to this table.
+            let json = remote.call(|handle| unsafe { properties(handle) }).ok()?;
+            from_json("its properties", &json).ok()
+        });
+        let properties = properties.unwrap_or_default();
+        RemoteBatcher { remote, batch: api.batch(), observe: api.observe(), properties }
     }
 }
 
@@ -74,5 +89,8 @@ impl Batcher for RemoteBatcher {
     fn observe(&mut self, outcome: &StepOutcome) {
         // SAFETY: the handle belongs to this table, and the outcome outlasts the call.
         self.remote.tell(|handle| unsafe { (self.observe)(handle, OutcomePtr::new(outcome)) });
+    }
+    fn properties(&self) -> BatcherProperties {
+        self.properties.clone()
     }
 }

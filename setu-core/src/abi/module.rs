@@ -90,6 +90,9 @@ pub struct SchedulerApi {
     pub schedule: unsafe extern "C" fn(Handle, StepViewPtr, DecisionsPtr) -> WireResult<()>,
     #[sabi(last_prefix_field)]
     pub observe: unsafe extern "C" fn(Handle, EventsPtr) -> WireResult<()>,
+    /// Returns `SchedulerProperties` as JSON. Since 0.2.
+    #[sabi(missing_field(option))]
+    pub properties: unsafe extern "C" fn(Handle) -> WireResult<Json>,
 }
 
 #[repr(C)]
@@ -108,6 +111,9 @@ pub struct BatcherApi {
     pub batch: unsafe extern "C" fn(Handle, StepViewPtr, ReadyPtr, ChunksPtr) -> WireResult<()>,
     #[sabi(last_prefix_field)]
     pub observe: unsafe extern "C" fn(Handle, OutcomePtr) -> WireResult<()>,
+    /// Returns `BatcherProperties` as JSON. Since 0.2.
+    #[sabi(missing_field(option))]
+    pub properties: unsafe extern "C" fn(Handle) -> WireResult<Json>,
 }
 
 #[repr(C)]

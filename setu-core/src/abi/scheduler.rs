@@ -6,17 +6,17 @@ use abi_stable::std_types::RSlice;
 use super::export::{self, call, drop_handle};
 use super::import::Remote;
 use super::module::{Exports, SchedulerApi, SchedulerApiRef, SchedulerObject};
-use super::wire::{DecisionsPtr, EventsPtr, Handle, StepViewPtr, WireResult, sent};
+use super::wire::{DecisionsPtr, EventsPtr, Handle, Json, StepViewPtr, WireResult, from_json, sent, to_json};
 use crate::error::Result;
 use crate::registry::Build;
 use crate::rows::Rows;
-use crate::scheduler::{Decisions, Scheduler, SessionEvent};
+use crate::scheduler::{Decisions, Scheduler, SchedulerProperties, SessionEvent};
 use crate::view::StepView;
 
 type Exported = Box<dyn Scheduler>;
 
 static API: WithMetadata<SchedulerApi> =
-    WithMetadata::new(SchedulerApi { drop: drop_handle::<Exported>, schedule, observe });
+    WithMetadata::new(SchedulerApi { drop: drop_handle::<Exported>, schedule, observe, properties });
 
 pub(super) unsafe extern "C" fn build(
     exports: Exports,
@@ -50,18 +50,32 @@ unsafe extern "C" fn observe(handle: Handle, events: EventsPtr) -> WireResult<()
     unsafe { call(handle, "observe", run, |()| ()) }
 }
 
+unsafe extern "C" fn properties(handle: Handle) -> WireResult<Json> {
+    let run = |scheduler: &mut Exported| to_json(&scheduler.properties());
+    // SAFETY: `build` made the handle, and the host makes one call at a time.
+    unsafe { call(handle, "properties", run, |json| json) }
+}
+
 /// A scheduler in a plugin's memory.
 pub(super) struct RemoteScheduler {
     remote: Remote,
     schedule: unsafe extern "C" fn(Handle, StepViewPtr, DecisionsPtr) -> WireResult<()>,
     observe: unsafe extern "C" fn(Handle, EventsPtr) -> WireResult<()>,
+    properties: SchedulerProperties,
 }
 
 impl RemoteScheduler {
     pub fn new(name: &str, object: SchedulerObject) -> RemoteScheduler {
         let SchedulerObject { handle, api } = object;
         let remote = Remote::new(name, handle, api.drop());
-        RemoteScheduler { remote, schedule: api.schedule(), observe: api.observe() }
+        // Asked once, for what it promises doesn't change; a plugin that fails to say promises nothing.
+        let properties = api.properties().and_then(|properties| {
+            // SAFETY: the handle belongs to this table.
+            let json = remote.call(|handle| unsafe { properties(handle) }).ok()?;
+            from_json("its properties", &json).ok()
+        });
+        let properties = properties.unwrap_or_default();
+        RemoteScheduler { remote, schedule: api.schedule(), observe: api.observe(), properties }
     }
 }
 
@@ -75,5 +89,8 @@ impl Scheduler for RemoteScheduler {
     fn observe(&mut self, events: Rows<'_, SessionEvent>) {
         // SAFETY: the handle belongs to this table, and the events outlast the call.
         self.remote.tell(|handle| unsafe { (self.observe)(handle, EventsPtr::new(&events)) });
+    }
+    fn properties(&self) -> SchedulerProperties {
+        self.properties.clone()
     }
 }

@@ -6,7 +6,7 @@ use std::fmt;
 ///
 /// Raise the minor number with every addition, and move [`OLDEST`] up with it where something old no
 /// longer works. From 1.0 on, nothing old may stop working.
-pub const ABI: AbiVersion = AbiVersion { major: 0, minor: 1 };
+pub const ABI: AbiVersion = AbiVersion { major: 0, minor: 2 };
 
 /// The oldest boundary whose plugins this build still loads.
 pub const OLDEST: AbiVersion = AbiVersion { major: 0, minor: 1 };

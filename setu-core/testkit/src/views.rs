@@ -21,10 +21,12 @@
 //! ```
 
 use setu_core::batcher::{Batcher, ChunkBuffer};
-use setu_core::ids::SessionId;
-use setu_core::rows::Column;
+use setu_core::ids::{SessionId, TenantId};
+use setu_core::rows::{Column, Rows};
 use setu_core::scheduler::{DecisionBuffer, Scheduler, Verdict};
-use setu_core::view::{Budgets, KvGroupView, SessionState, SessionView, StepOutcome, StepTimeModel, StepView};
+use setu_core::view::{
+    Budgets, KvGroupView, SessionState, SessionView, StepOutcome, StepTimeModel, StepView, TenantView,
+};
 
 /// Everything that a policy sees, to be filled at will.
 #[derive(Clone, Debug)]
@@ -35,6 +37,7 @@ pub struct Scene {
     /// In order of arrival, as the engine keeps them.
     pub sessions: Vec<SessionView>,
     pub kv_groups: Vec<KvGroupView>,
+    pub tenants: Vec<TenantView>,
     pub last_step: StepOutcome,
     pub step_time: StepTimeModel,
 }
@@ -56,6 +59,7 @@ impl Scene {
             budgets: Budgets { tokens: 2048, sessions: 256, steps_in_flight: 0 },
             sessions: Vec::new(),
             kv_groups: vec![KvGroupView::new(16, 0, 1000)],
+            tenants: vec![TenantView::new(TenantId(0), 1.0)],
             last_step: StepOutcome::default(),
             step_time: StepTimeModel::default(),
         }
@@ -69,6 +73,9 @@ impl Scene {
         session.prompt_tokens = prompt_tokens;
         session.len_tokens = prompt_tokens;
         session.max_tokens = 1024;
+        session.expected_tokens = 1024;
+        session.handle = self.sessions.len() as u32;
+        self.tenants[0].sessions += 1;
         self.sessions.push(session);
         self.sessions.last_mut().expect("just pushed")
     }
@@ -94,10 +101,26 @@ impl Scene {
         session
     }
 
+    /// Gives the session added last to `tenant`, of this weight. Every session belongs to tenant 0 otherwise.
+    pub fn of_tenant(&mut self, tenant: u32, weight: f64) {
+        let tenant = TenantId(tenant);
+        let index = self.tenants.iter().position(|known| known.id == tenant).unwrap_or_else(|| {
+            self.tenants.push(TenantView::new(tenant, weight));
+            self.tenants.len() - 1
+        });
+        if let Some(session) = self.sessions.last_mut() {
+            self.tenants[session.tenant_index as usize].sessions -= 1;
+            self.tenants[index].sessions += 1;
+            (session.tenant, session.tenant_index, session.tenant_weight) = (tenant, index as u32, weight);
+        }
+    }
+
     /// The view that a policy gets.
     pub fn view(&self) -> StepView<'_> {
         let history = (&self.last_step, &self.step_time);
-        StepView::new(self.now_s, self.step, self.budgets, &self.sessions, &self.kv_groups, history)
+        let mut view = StepView::new(self.now_s, self.step, self.budgets, &self.sessions, &self.kv_groups, history);
+        view.tenants = Rows::new(&self.tenants);
+        view
     }
 
     /// Asks `scheduler`, with reasons recorded.

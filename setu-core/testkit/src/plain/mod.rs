@@ -81,6 +81,7 @@ impl Backend for PlainBackend {
             weight_bytes: weights.iter().flat_map(|weight| &weight.parts).map(|part| part.len() as u64).sum(),
             workspace_bytes: 0,
             batch_invariant: true,
+            virtual_time: false,
             kv_pages,
         };
         Ok(Box::new(PlainExecutable {

@@ -1,0 +1,1 @@
+//! Backend that executes nothing and tells how long steps would take.

@@ -1,0 +1,1 @@
+//! Batcher that sizes chunks to a step-time target.

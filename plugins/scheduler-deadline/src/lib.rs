@@ -1,0 +1,1 @@
+//! Deadline scheduler: least slack first.

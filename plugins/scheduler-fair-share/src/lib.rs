@@ -1,0 +1,1 @@
+//! Fair-share scheduler: weighted fair service among tenants.

@@ -1,0 +1,1 @@
+//! Priority scheduler with ageing.
