@@ -5,7 +5,7 @@
 //!
 //! - [`component`]: what a component declares of itself, with a whole example;
 //! - [`scheduler`] and [`batcher`]: who runs, and how much; [`view`]: what they see;
-//! - [`model`] and [`graph`]: a model as data;
+//! - [`model`] and [`graph`]: a model as data; [`decoder`]: the pieces that language models share;
 //! - [`backend`]: what runs graphs, and [`sampling`]: from logits to a token;
 //! - [`config`]: settings from one description; [`registry`]: components by key;
 //! - [`abi`]: how all of it crosses into a `.so`. Authors needn't read it.
@@ -17,6 +17,7 @@ pub mod backend;
 pub mod batcher;
 pub mod component;
 pub mod config;
+pub mod decoder;
 pub mod dtype;
 pub mod error;
 pub mod graph;

@@ -3,6 +3,7 @@
 //! Every step checks what the one before it gave: the checkpoint against its files, the graph against the
 //! op set, the weights against the graph, the tokenizer against the vocabulary.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
@@ -115,11 +116,18 @@ pub fn load(
 
 /// Finds the data of every weight and checks it against its declaration.
 fn bind_weights<'a>(graph: &Graph, info: &CheckpointInfo, checkpoint: &'a Checkpoint) -> Result<Vec<WeightData<'a>>> {
-    let used: std::collections::HashSet<&str> =
-        graph.weights.iter().flat_map(|weight| &weight.sources).map(String::as_str).collect();
-    let unused = info.tensors.iter().filter(|tensor| !used.contains(tensor.name.as_str())).count();
-    if unused > 0 {
-        tracing::debug!(unused, "the checkpoint has tensors that the graph doesn't use");
+    let used = graph.weights.iter().flat_map(|weight| &weight.sources);
+    let known: HashSet<&str> =
+        used.chain(graph.ignored.iter().map(|ignored| &ignored.name)).map(String::as_str).collect();
+    let unused: Vec<&str> =
+        info.tensors.iter().map(|tensor| tensor.name.as_str()).filter(|name| !known.contains(name)).collect();
+    if !unused.is_empty() {
+        let some = unused.iter().take(3).copied().collect::<Vec<_>>().join(", ");
+        let more = if unused.len() > 3 { ", …" } else { "" };
+        tracing::warn!(
+            count = unused.len(),
+            "the checkpoint has tensors that the model component neither uses nor ignores on purpose: {some}{more}"
+        );
     }
     graph.weights.iter().map(|weight| bind(weight, checkpoint)).collect()
 }

@@ -1,13 +1,9 @@
 //! Llama and the many checkpoints of its architecture, from Hugging Face folders and GGUF files.
 //!
-//! [`hyper`] reads what a checkpoint says of itself, [`rope`] turns its rotary scaling into frequencies,
-//! [`weights`] finds its tensors, and [`graph`] writes the model down.
+//! GGUF files of Mistral without a window are such checkpoints; those with a window and mixtures of experts are not.
 
 pub mod config;
 pub mod graph;
-pub mod hyper;
-pub mod rope;
-pub mod weights;
 
 use setu_core::prelude::*;
 
@@ -34,7 +30,7 @@ impl Model for Llama {
             CheckpointFormat::Gguf => &["llama"],
             _ => &[],
         };
-        known.contains(&checkpoint.architecture.as_str()) && !hyper::has_experts(checkpoint)
+        known.contains(&checkpoint.architecture.as_str()) && !graph::is_another(checkpoint)
     }
 
     fn graph(&self, checkpoint: &CheckpointInfo, options: &GraphOptions) -> Result<Graph> {

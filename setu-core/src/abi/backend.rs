@@ -154,6 +154,8 @@ impl Backend for RemoteBackend {
             .zip(&parts)
             .map(|(weight, parts)| RawWeight { dtype: weight.dtype as u32, reserved: 0, parts: Rows::new(parts) })
             .collect();
+        // What the model ignores is no concern of a backend, and one from before the field refuses it.
+        let graph = Graph { ignored: Vec::new(), ..graph.clone() };
         let (graph, weights, options) = (graph.to_bytes(), Rows::new(&weights), to_json(options)?);
         let compiled = self.remote.call(|handle| {
             let graph = RSlice::from_slice(&graph);

@@ -48,6 +48,7 @@ impl GraphBuilder {
             values: Vec::new(),
             nodes: Vec::new(),
             outputs: Vec::new(),
+            ignored: Vec::new(),
         };
         GraphBuilder { graph, scope: Vec::new() }
     }
@@ -79,10 +80,18 @@ impl GraphBuilder {
         WeightId(self.graph.weights.len() as u32 - 1)
     }
 
-    /// Adds a group of KV layers.
+    /// Leaves a tensor of the checkpoint out, for a reason that a person can check.
+    pub fn ignore(&mut self, name: impl Into<String>, why: impl Into<String>) {
+        self.graph.ignored.push(Ignored { name: name.into(), why: why.into() });
+    }
+
+    /// Adds a group of KV layers; one of the same name and kind is kept once.
     pub fn kv_group(&mut self, name: &str, kind: KvGroupKind) -> u32 {
-        self.graph.kv_groups.push(KvGroup { name: name.to_owned(), kind });
-        self.graph.kv_groups.len() as u32 - 1
+        let known = self.graph.kv_groups.iter().position(|group| group.name == name && group.kind == kind);
+        known.unwrap_or_else(|| {
+            self.graph.kv_groups.push(KvGroup { name: name.to_owned(), kind });
+            self.graph.kv_groups.len() - 1
+        }) as u32
     }
 
     /// Adds rotary frequencies; equal ones are kept once.
@@ -147,6 +156,21 @@ impl GraphBuilder {
         self.one(name, Op::RmsNorm { weight, eps, group: 0, offset: 0.0 }, &[x])
     }
 
+    /// See [`Op::RmsNorm`]; over each `group` columns, such as those of a head.
+    ///
+    /// # Errors
+    /// The weight is not as long as a group, or groups don't divide a row.
+    pub fn grouped_rms_norm(
+        &mut self,
+        name: &str,
+        x: Tensor,
+        weight: WeightId,
+        eps: f32,
+        group: u32,
+    ) -> Result<Tensor> {
+        self.one(name, Op::RmsNorm { weight, eps, group, offset: 0.0 }, &[x])
+    }
+
     /// See [`Op::Rope`].
     ///
     /// # Errors
@@ -188,6 +212,30 @@ impl GraphBuilder {
         self.one(name, Op::Slice { start, cols }, &[x])
     }
 
+    /// See [`Op::Route`]; softmax over all experts, and the weights of the chosen ones sum to 1.
+    ///
+    /// # Errors
+    /// There are fewer experts than `top_k`.
+    pub fn route(&mut self, name: &str, logits: Tensor, top_k: u32) -> Result<Tensor> {
+        let op = Op::Route { top_k, scoring: Scoring::Softmax, renormalize: true, scale: 1.0 };
+        self.one(name, op, &[logits])
+    }
+
+    /// See [`Op::Experts`]; the weights are gate, up and down.
+    ///
+    /// # Errors
+    /// The weights don't fit each other, the columns of `x` or those of the routing.
+    pub fn experts(
+        &mut self,
+        name: &str,
+        kind: ActivationKind,
+        [gate, up, down]: [WeightId; 3],
+        x: Tensor,
+        routing: Tensor,
+    ) -> Result<Tensor> {
+        self.one(name, Op::Experts { gate, up, down, kind }, &[x, routing])
+    }
+
     /// See [`Op::Select`].
     ///
     /// # Errors
@@ -208,6 +256,11 @@ impl GraphBuilder {
     pub fn finish(self) -> Result<Graph> {
         self.graph.verify().map_err(|error| error.within(&self.graph.name))?;
         Ok(self.graph)
+    }
+
+    /// Longest session of the graph.
+    pub fn max_model_len(&self) -> u32 {
+        self.graph.max_model_len
     }
 
     /// A sentence about a tensor for errors of model plugins: `[tokens, 576]`.

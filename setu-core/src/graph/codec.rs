@@ -72,6 +72,20 @@ mod tests {
     }
 
     #[test]
+    fn ignored_tensors_cross_and_may_not_be_used() {
+        let mut ignoring = graph();
+        assert!(
+            !String::from_utf8(ignoring.to_bytes()).unwrap().contains("ignored"),
+            "older readers take no such field"
+        );
+        ignoring.ignored.push(Ignored { name: "rope.inv_freq".into(), why: "computed".into() });
+        assert_eq!(Graph::from_bytes(&ignoring.to_bytes()).unwrap(), ignoring);
+        ignoring.ignored[0].name = "tok.weight".into();
+        let text = Graph::from_bytes(&ignoring.to_bytes()).unwrap_err().to_string();
+        assert_eq!(text, "the tensor `tok.weight` is both used and ignored");
+    }
+
+    #[test]
     fn what_is_not_known_is_refused_by_name() {
         let text = String::from_utf8(graph().to_bytes()).unwrap();
         let cases = [

@@ -48,6 +48,9 @@ pub struct Graph {
     /// In an order in which they can run.
     pub nodes: Vec<Node>,
     pub outputs: Vec<Output>,
+    /// Tensors of the checkpoint that the model leaves out on purpose. Backends are not sent them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignored: Vec<Ignored>,
 }
 
 /// A weight that the checkpoint must hold.
@@ -61,6 +64,15 @@ pub struct Weight {
     /// Outermost dimension first; a linear's is `[out, in]`, a set of experts' `[experts, out, in]`.
     pub shape: Vec<usize>,
     pub shard: Shard,
+}
+
+/// A tensor of the checkpoint that no weight needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ignored {
+    pub name: String,
+    /// Why the model's result doesn't miss it: `the head is tied to the embedding`.
+    pub why: String,
 }
 
 /// How a weight divides among tensor-parallel ranks.

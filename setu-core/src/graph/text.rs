@@ -34,6 +34,9 @@ impl Display for Graph {
             let shard = format!("{:?}", weight.shard).to_lowercase();
             writeln!(f, "weight {} {:?} {shard} <- {}", weight.name, weight.shape, weight.sources.join(" + "))?;
         }
+        for Ignored { name, why } in &self.ignored {
+            writeln!(f, "ignored {name}: {why}")?;
+        }
         for node in &self.nodes {
             let outputs: Vec<_> = node.outputs.iter().map(|id| format!("%{}", id.0)).collect();
             let inputs: Vec<_> = node.inputs.iter().map(|id| format!("%{}", id.0)).collect();
@@ -92,11 +95,13 @@ mod tests {
         let x = g.select("select", x).unwrap();
         let logits = g.linear("head", x, table, None).unwrap();
         g.output("logits", logits);
+        g.ignore("rope.inv_freq", "computed from the base");
         let text = g.finish().unwrap().to_string();
         let expected = "\
 graph tiny vocab=8 max_len=16
 weight embed [8, 4] replicated <- tok.weight
 weight norm [4] replicated <- norm.weight
+ignored rope.inv_freq: computed from the base
 %0 = embed( scale=1 weight=embed) -> [tokens, 4]  # embed
 %1 = rms_norm(%0 eps=0.00001 group=0 offset=0 weight=norm) -> [tokens, 4]  # norm
 %2 = select(%1) -> [wanted, 4]  # select

@@ -71,7 +71,7 @@ impl Graph {
     }
 
     fn verify_parts(&self) -> Result<()> {
-        let sizes = [self.weights.len(), self.values.len(), self.nodes.len(), self.kv_layers.len()];
+        let sizes = [self.weights.len(), self.values.len(), self.nodes.len(), self.kv_layers.len(), self.ignored.len()];
         if sizes.iter().any(|&size| size > MAX_ITEMS) || self.kv_groups.len() > 64 {
             return Err(Error::contract("the graph has an absurd number of parts"));
         }
@@ -93,6 +93,11 @@ impl Graph {
             if weight.shape.iter().any(|&dim| dim == 0 || dim > MAX_COLS as usize) {
                 return fail("has a dimension that is 0 or over 2^26");
             }
+        }
+        let sources: HashSet<&str> =
+            self.weights.iter().flat_map(|weight| &weight.sources).map(String::as_str).collect();
+        if let Some(ignored) = self.ignored.iter().find(|ignored| sources.contains(ignored.name.as_str())) {
+            return Err(Error::contract(format!("the tensor `{}` is both used and ignored", ignored.name)));
         }
         for (index, table) in self.rope_tables.iter().enumerate() {
             let finite = table.inv_freq.iter().all(|freq| freq.is_finite()) && table.magnitude.is_finite();

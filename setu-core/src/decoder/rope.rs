@@ -6,7 +6,7 @@
 
 use std::f64::consts::TAU;
 
-use setu_core::graph::RopeTable;
+use crate::graph::RopeTable;
 
 /// What a checkpoint says about its rotary embedding.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,6 +38,7 @@ pub enum Scaling {
     },
     Yarn(Yarn),
     Llama3(Llama3),
+    LongRope(LongRope),
 }
 
 /// Interpolates slow frequencies and leaves fast ones (Peng et al., "YaRN", 2023).
@@ -66,11 +67,23 @@ pub struct Llama3 {
     pub original_len: f64,
 }
 
+/// A searched divisor for each frequency: one set for sessions that stay within the trained context, another for longer
+/// ones (Ding et al., "LongRoPE", 2024). The longest session that is allowed says which, for all sessions, so that a
+/// token's K never depends on what comes after it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    pub short: Vec<f64>,
+    pub long: Vec<f64>,
+    pub original_len: u32,
+    /// Factor on sine and cosine, the same for both sets.
+    pub attention_factor: f64,
+}
+
 impl Scaling {
     /// How many times the trained context is stretched.
     pub fn factor(&self) -> f64 {
         match self {
-            Scaling::None => 1.0,
+            Scaling::None | Scaling::LongRope(_) => 1.0,
             Scaling::Linear { factor } | Scaling::Dynamic { factor, .. } => *factor,
             Scaling::Yarn(yarn) => yarn.factor,
             Scaling::Llama3(llama3) => llama3.factor,
@@ -81,6 +94,11 @@ impl Scaling {
 /// Yarn's factor on sine and cosine where a checkpoint states none; `weight` is 1 in the paper.
 pub fn yarn_attention_factor(factor: f64, weight: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
+}
+
+/// LongRoPE's factor on sine and cosine where a checkpoint states none.
+pub fn longrope_attention_factor(factor: f64, original_len: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original_len.ln()).sqrt() }
 }
 
 impl Rope {
@@ -108,6 +126,12 @@ impl Rope {
             Scaling::Yarn(yarn) => {
                 yarn.scale(&mut inv_freq, theta, dim);
                 magnitude *= yarn.attention_factor;
+            }
+            Scaling::LongRope(longrope) => {
+                let long = max_model_len > longrope.original_len;
+                let divisors = if long { &longrope.long } else { &longrope.short };
+                inv_freq.iter_mut().zip(divisors).for_each(|(freq, divisor)| *freq /= divisor);
+                magnitude *= longrope.attention_factor;
             }
         }
         RopeTable { inv_freq, magnitude }
@@ -209,6 +233,25 @@ mod tests {
             }
         }
         assert_eq!(kinds, [29, 6, 29]);
+    }
+
+    #[test]
+    fn longrope_divides_by_the_set_that_the_longest_session_chooses() {
+        let longrope = LongRope {
+            short: vec![1.0, 1.25, 2.0],
+            long: vec![1.5, 8.0, 32.0],
+            original_len: 4096,
+            attention_factor: longrope_attention_factor(32.0, 4096.0),
+        };
+        let rope = rope(10_000.0, 6, Scaling::LongRope(longrope.clone()));
+        let plain = [1.0, 10_000f64.powf(-1.0 / 3.0), 10_000f64.powf(-2.0 / 3.0)];
+        for (len, divisors) in [(4096, &longrope.short), (4097, &longrope.long)] {
+            let table = rope.table(len);
+            table.inv_freq.iter().zip(plain).zip(divisors).for_each(|((&found, plain), by)| close(found, plain / by));
+            // Phi-3 mini with 131,072 tokens: √(1 + ln 32 / ln 4096).
+            close(table.magnitude, 1.190_238_071_423_808_3);
+        }
+        assert_eq!(longrope_attention_factor(1.0, 4096.0), 1.0);
     }
 
     #[test]
