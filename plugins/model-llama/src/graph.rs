@@ -54,7 +54,7 @@ fn refuse_others(checkpoint: &CheckpointInfo) -> Result<()> {
     match gguf_window(&FAMILY, checkpoint)? {
         None => Ok(()),
         Some(tokens) => Err(Error::unsupported(format!(
-            "`llama.attention.sliding_window` is {tokens}: layers have a window, which the model component mistral builds"
+            "`llama.attention.sliding_window` is {tokens}: this is a Mistral, which the model component mistral builds"
         ))),
     }
 }

@@ -3,11 +3,13 @@
 //! - [`backend`]: a conformance suite for backends;
 //! - [`views`]: step views for tests of schedulers and batchers, and their decisions as plain data;
 //! - [`mod@reference`]: what a graph means, in f64, with tensors of every format from [`blocks`] and [`weights`];
+//! - [`checkpoints`]: small checkpoints in both formats, for tests of models;
 //! - [`plain`]: the reference as a backend that checks what an engine does with pages, for its tests;
 //! - [`steps`]: steps as owned data.
 
 pub mod backend;
 pub mod blocks;
+pub mod checkpoints;
 pub mod plain;
 pub mod reference;
 pub mod rng;
