@@ -217,6 +217,7 @@ fn what_is_wrong_is_named() {
             "the hyper-parameter `partial_rotary_factor` must be over 0 and at most 1, not 1.5",
         ),
         (hf(json!({"partial_rotary_factor": 0.4, "rope_scaling": null})), "3 rotated columns don't fit heads of 8"),
+        (hf(json!({"partial_rotary_factor": 0.1, "rope_scaling": null})), "0 rotated columns don't fit heads of 8"),
         (
             hf(json!({"num_key_value_heads": 2})),
             "tensor `model.layers.0.self_attn.qkv_proj.weight` has the shape [32, 16], the hyper-parameters make it [48, 16]",

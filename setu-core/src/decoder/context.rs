@@ -75,7 +75,7 @@ impl Context {
 }
 
 fn check(rope: &Rope, hyper: &Hyper) -> Result<()> {
-    if !rope.dim.is_multiple_of(2) || rope.dim > hyper.k_dim {
+    if rope.dim == 0 || !rope.dim.is_multiple_of(2) || rope.dim > hyper.k_dim {
         return Err(Error::invalid(format!("{} rotated columns don't fit heads of {}", rope.dim, hyper.k_dim)));
     }
     if rope.theta <= 1.0 {

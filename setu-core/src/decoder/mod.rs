@@ -25,11 +25,12 @@
 //!     let decoder = Decoder::new(checkpoint, hyper);
 //!     let (table, mut x) = decoder.embed(&mut g)?;
 //!     for index in 0..hyper.layers {
+//!         let kv_group = windows.kv_group(&mut g, index);
 //!         x = decoder.layer(&mut g, index, |g, layer| {
 //!             let normed = layer.norm(g, part::ATTN_NORM, x)?;
 //!             let [q, k, v] = layer.qkv(g, normed, Bias::Never)?;
 //!             let [q, k] = layer.rope(g, [q, k], rope)?;
-//!             let attended = layer.attend(g, [q, k, v], windows.kv_group(g, index))?;
+//!             let attended = layer.attend(g, [q, k, v], kv_group)?;
 //!             let attended = layer.linear(g, part::O, attended, hyper.hidden, Bias::Never)?;
 //!             let x = g.add("attn_add", x, attended)?;
 //!             let normed = layer.norm(g, part::MLP_NORM, x)?;
