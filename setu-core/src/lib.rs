@@ -4,7 +4,7 @@
 //! crate then serves linked into a program and as a `.so` dropped into a folder. Read in this order:
 //!
 //! - [`component`]: what a component declares of itself, with a whole example;
-//! - [`scheduler`] and [`batcher`]: who runs, and how much; [`view`]: what they see;
+//! - [`scheduler`] and [`batcher`]: who runs, and how much; [`view`]: what they see; [`admission`]: who fits;
 //! - [`model`] and [`graph`]: a model as data; [`decoder`]: the pieces that language models share;
 //! - [`backend`]: what runs graphs, and [`sampling`]: from logits to a token;
 //! - [`config`]: settings from one description; [`registry`]: components by key;
@@ -13,6 +13,7 @@
 //! The crate has no I/O, and none of its types needs the engine.
 
 pub mod abi;
+pub mod admission;
 pub mod backend;
 pub mod batcher;
 pub mod component;

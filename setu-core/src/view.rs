@@ -167,7 +167,7 @@ impl SessionView {
 
     /// Tokens before its next chunk: those scheduled, and those that the prefix cache will provide.
     pub fn context_tokens(&self) -> u32 {
-        self.scheduled_tokens + self.cached_ahead()
+        self.scheduled_tokens.saturating_add(self.cached_ahead())
     }
 
     /// Whether its next chunk is the one token of a decode.
@@ -250,14 +250,14 @@ impl KvGroupView {
 
     /// Pages that can be given out.
     pub fn available_pages(&self) -> u32 {
-        self.free_pages + self.reclaimable_pages
+        self.free_pages.saturating_add(self.reclaimable_pages)
     }
 
     /// New pages that `session` needs in this group for a chunk of `tokens`.
     pub fn pages_for(&self, session: &SessionView, tokens: u32) -> u32 {
         let page = self.page_tokens.max(1);
         let start = session.scheduled_tokens.max(session.cached_tokens * u32::from(session.pages_held == 0));
-        (start + tokens).div_ceil(page) - start.div_ceil(page)
+        start.saturating_add(tokens).div_ceil(page) - start.div_ceil(page)
     }
 }
 

@@ -1,11 +1,10 @@
 //! Runs sessions in order of arrival, which is the order of the view; a preempted session so keeps its place.
 //!
 //! Sessions that run go on. A new one is admitted when the rest of its prompt fits into the pages that
-//! those before it leave, and nobody overtakes one that has to wait. Admitting chunk by chunk instead
-//! would fill the pages with half-computed prompts that then preempt each other.
+//! those before it leave, and nobody overtakes one that has to wait.
 
+use setu_core::admission::Room;
 use setu_core::prelude::*;
-use setu_core::view::KvGroupView;
 
 use crate::config::FcfsConfig;
 
@@ -13,8 +12,8 @@ use crate::config::FcfsConfig;
 #[derive(Debug)]
 pub struct Fcfs {
     config: FcfsConfig,
-    /// By KV group, pages that the sessions before the one looked at leave. Kept to spare an allocation a step.
-    left: Vec<u32>,
+    /// What the sessions before the one looked at leave.
+    room: Room,
 }
 
 impl Component for Fcfs {
@@ -23,14 +22,13 @@ impl Component for Fcfs {
     const DESCRIPTION: &'static str = "Runs sessions in order of arrival.";
 
     fn build(config: FcfsConfig) -> Result<Self> {
-        Ok(Fcfs { config, left: Vec::new() })
+        Ok(Fcfs { config, room: Room::default() })
     }
 }
 
 impl Scheduler for Fcfs {
     fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
-        self.left.clear();
-        self.left.extend(view.kv_groups.iter().map(KvGroupView::available_pages));
+        self.room.open(view);
         let mut admitting = true;
         let mut first = true;
         for session in view.sessions.iter().filter(|session| session.state() != SessionState::Held) {
@@ -39,8 +37,8 @@ impl Scheduler for Fcfs {
             }
             let running = matches!(session.state(), SessionState::Prefilling | SessionState::Decoding);
             // The first runs whatever its estimate says, or a prompt as long as the pool would wait forever.
-            if running || (admitting && (first || self.has_room(view, session))) {
-                self.take(view, session);
+            if running || (admitting && (first || self.room.fits(view, session))) {
+                self.room.take(view, session);
                 decisions.run(session.id);
                 first = false;
             } else {
@@ -81,32 +79,12 @@ impl Fcfs {
         decisions.reject(session.id, &reason, None);
         true
     }
-
-    fn has_room(&self, view: &StepView<'_>, session: &SessionView) -> bool {
-        let mut groups = view.kv_groups.iter().zip(&self.left);
-        groups.all(|(group, &left)| pages_needed(view, group, session) <= left)
-    }
-
-    /// Sets aside what `session` needs, and a page more, so that its answer can grow without preempting anybody.
-    fn take(&mut self, view: &StepView<'_>, session: &SessionView) {
-        for (group, left) in view.kv_groups.iter().zip(&mut self.left) {
-            *left = left.saturating_sub(pages_needed(view, group, session).saturating_add(1));
-        }
-    }
-}
-
-/// New pages for all that `session` has yet to compute; behind a window, no more than stay in use.
-fn pages_needed(view: &StepView<'_>, group: &KvGroupView, session: &SessionView) -> u32 {
-    let mut tokens = session.pending_tokens().saturating_sub(session.cached_ahead());
-    if group.window_tokens > 0 {
-        tokens = tokens.min(group.window_tokens.saturating_add(view.token_budget));
-    }
-    group.pages_for(session, tokens)
 }
 
 #[cfg(test)]
 mod tests {
     use setu_core::scheduler::Verdict;
+    use setu_core::view::KvGroupView;
     use setu_testkit::views::Scene;
 
     use super::*;

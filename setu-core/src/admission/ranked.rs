@@ -1,0 +1,204 @@
+//! Admission where some sessions may take the pages and the places of others.
+//!
+//! Every session that runs has a level, and every session that wants in has a power: those that run at a
+//! level under its power need not be left anything, and are preempted where it doesn't fit otherwise, the
+//! last of them first, no more of them than it takes, and only if that lets it in. What those at its power
+//! or above may come to need stays set aside. A policy in which a session never runs at a level under its
+//! power is so free of thrashing: who took a place from another can't lose it to the same.
+
+use super::{Room, Shortage, claim};
+use crate::view::{SessionView, StepView};
+
+/// See the [module](self). Kept between steps for its memory.
+///
+/// For each step: [`begin`](Ranked::begin), [`runs`](Ranked::runs) and [`returns`](Ranked::returns) for those
+/// whom it concerns, then [`admit`](Ranked::admit) for those that want in, in the order of the policy.
+#[derive(Clone, Debug, Default)]
+pub struct Ranked {
+    room: Room,
+    levels: u32,
+    groups: usize,
+    /// What is set aside for those that run: for each level from the least, for each KV group, at this level and
+    /// (once summed) above.
+    claims: Vec<i64>,
+    summed: bool,
+    places: i64,
+    /// Those that run and weren't considered as victims: index and level, the last to be preempted first.
+    running: Vec<(u32, u32)>,
+    victims: Vec<(u32, u32)>,
+    /// Sessions that run or were admitted.
+    inside: usize,
+    returning: bool,
+}
+
+/// What became of a session that wants in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// It may run.
+    Free,
+    /// It may run once [`Ranked::victims`] are preempted; those are out of the account already. Where `at_once` is
+    /// false, steps in flight still use what they leave, and running it in this step would take from others.
+    ByPreemption { at_once: bool },
+    /// Those that were preempted in an earlier step are about to leave what it needs.
+    Soon(Shortage),
+    /// There is no room for it.
+    Full(Shortage),
+}
+
+impl Ranked {
+    /// Begins a step in which levels go from 0 to `levels` - 1.
+    pub fn begin(&mut self, view: &StepView<'_>, levels: u32) {
+        self.room.open(view);
+        self.levels = levels.max(1);
+        self.groups = view.kv_groups.len();
+        self.claims.clear();
+        self.claims.resize(self.groups * self.levels as usize, 0);
+        self.summed = false;
+        self.places = i64::from(view.session_budget);
+        self.running.clear();
+        self.victims.clear();
+        self.inside = 0;
+        self.returning = false;
+    }
+
+    /// Counts the session at `index`, which runs. To be called in the policy's order, from the most urgent, and
+    /// before anybody is admitted.
+    pub fn runs(&mut self, view: &StepView<'_>, index: u32, level: u32) {
+        let Some(session) = view.sessions.get(index as usize) else { return };
+        let level = self.known(level);
+        self.places -= 1;
+        self.inside += 1;
+        self.running.push((index, level));
+        self.change_claims(view, session, level..=level, 1);
+    }
+
+    /// Counts a session that was preempted and that steps in flight still compute.
+    pub fn returns(&mut self) {
+        self.places -= 1;
+        self.returning = true;
+    }
+
+    /// Admits `session` if there is room, or if preempting those that run at levels under `power` makes room.
+    ///
+    /// It is admitted whatever it needs where nobody else runs, or a prompt as long as the pool would wait forever.
+    pub fn admit(&mut self, view: &StepView<'_>, session: &SessionView, power: u32) -> Entry {
+        self.sum_claims();
+        self.victims.clear();
+        let power = self.known(power);
+        let entry = match self.shortage(view, session, power) {
+            None => Entry::Free,
+            Some(_) if self.inside == 0 => Entry::Free,
+            Some(shortage) if self.returning => Entry::Soon(shortage),
+            Some(_) => match self.make_room(view, session, power) {
+                Some(shortage) => Entry::Full(shortage),
+                None => Entry::ByPreemption { at_once: !self.victims_in_flight(view) },
+            },
+        };
+        if matches!(entry, Entry::Free | Entry::ByPreemption { .. }) {
+            self.room.take(view, session);
+            self.places -= 1;
+            self.inside += 1;
+        }
+        entry
+    }
+
+    /// Whom to preempt for the session admitted last, as indices into the view's sessions.
+    pub fn victims(&self) -> impl Iterator<Item = u32> + '_ {
+        self.victims.iter().map(|&(index, _)| index)
+    }
+
+    fn shortage(&self, view: &StepView<'_>, session: &SessionView, power: u32) -> Option<Shortage> {
+        if self.places <= 0 {
+            return Some(Shortage::Places { budget: view.session_budget });
+        }
+        let first = power as usize * self.groups;
+        let aside = self.claims.get(first..first + self.groups).unwrap_or_default();
+        self.room.shortage_beside(view, session, aside)
+    }
+
+    /// Fills `victims` with those whose preemption lets `session` in, or tells what it lacks even so.
+    ///
+    /// Whoever was looked at once and spared isn't looked at again in this step, so that a step costs each but once.
+    fn make_room(&mut self, view: &StepView<'_>, session: &SessionView, power: u32) -> Option<Shortage> {
+        let mut shortage = None;
+        while let Some((index, level)) = self.running.pop_if(|(_, level)| *level < power) {
+            self.victims.push((index, level));
+            self.vacate(view, index, 1);
+            shortage = self.shortage(view, session, power);
+            if shortage.is_none() {
+                break;
+            }
+        }
+        if self.victims.is_empty() {
+            return self.shortage(view, session, power);
+        }
+        if shortage.is_some() {
+            while let Some(victim) = self.victims.pop() {
+                self.vacate(view, victim.0, -1);
+                self.running.push(victim);
+            }
+            return shortage;
+        }
+        // The last one chosen made it fit; of the others, the more urgent are spared first.
+        const SPARED: u32 = u32::MAX;
+        for position in (0..self.victims.len() - 1).rev() {
+            let index = self.victims[position].0;
+            self.vacate(view, index, -1);
+            if self.shortage(view, session, power).is_some() {
+                self.vacate(view, index, 1);
+            } else {
+                self.victims[position].0 = SPARED;
+            }
+        }
+        self.victims.retain(|&(index, _)| index != SPARED);
+        for position in 0..self.victims.len() {
+            let (index, level) = self.victims[position];
+            self.inside -= 1;
+            if let Some(victim) = view.sessions.get(index as usize) {
+                self.change_claims(view, victim, 0..=level, -1);
+            }
+        }
+        None
+    }
+
+    /// Adds what the session at `index` holds to what is left, or takes it back.
+    fn vacate(&mut self, view: &StepView<'_>, index: u32, sign: i64) {
+        self.places += sign;
+        if let Some(session) = view.sessions.get(index as usize) {
+            self.room.change_by_held(view, session, sign);
+        }
+    }
+
+    fn victims_in_flight(&self, view: &StepView<'_>) -> bool {
+        let in_flight = |index| view.sessions.get(index as usize).is_some_and(|session| session.steps_in_flight > 0);
+        self.victims().any(in_flight)
+    }
+
+    fn change_claims(
+        &mut self,
+        view: &StepView<'_>,
+        session: &SessionView,
+        levels: std::ops::RangeInclusive<u32>,
+        sign: i64,
+    ) {
+        for (index, group) in view.kv_groups.iter().enumerate() {
+            let pages = sign * claim(view, group, session);
+            for level in levels.clone() {
+                self.claims[level as usize * self.groups + index] += pages;
+            }
+        }
+    }
+
+    fn sum_claims(&mut self) {
+        if !std::mem::replace(&mut self.summed, true) {
+            for at in (0..self.claims.len().saturating_sub(self.groups)).rev() {
+                self.claims[at] += self.claims[at + self.groups];
+            }
+        }
+    }
+
+    /// The level itself, or the highest where it is none of those announced.
+    fn known(&self, level: u32) -> u32 {
+        level.min(self.levels.saturating_sub(1))
+    }
+}
