@@ -1,4 +1,5 @@
-//! Tokenizers from a checkpoint's directory: `tokenizer.json` and the files beside it.
+//! Tokenizers from a checkpoint's directory: `tokenizer.json`, `tekken.json` or `tokenizer.model`, and the files
+//! beside it.
 
 use std::path::Path;
 
@@ -9,18 +10,48 @@ use super::library::Library;
 use super::outline::Outline;
 use super::tokenizer::{Encoder, Tokenizer};
 use super::vocabulary::{Kind, Vocabulary, fallback_byte, push_byte_level};
+use super::{sentencepiece, tekken};
 
 /// The files of a checkpoint that tell how it reads and writes text.
 #[derive(Clone, Debug, Default)]
 pub struct TextFiles {
-    /// `tokenizer.json`.
+    /// The file that `format` names.
     pub tokenizer: Vec<u8>,
+    pub format: TokenizerFormat,
     /// `tokenizer_config.json`: the names of BOS and EOS, chat templates.
     pub tokenizer_config: Option<Value>,
     /// `generation_config.json`, or `config.json` where that is missing: the tokens that end an answer.
     pub generation_config: Option<Value>,
     /// `chat_template.jinja`.
     pub chat_template: Option<String>,
+}
+
+/// What a tokenizer's file is.
+///
+/// A directory with several holds the same tokenizer in several forms. `tokenizer.json` is preferred, as the one that
+/// says all of itself; then `tekken.json`; `tokenizer.model` is what the oldest have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TokenizerFormat {
+    /// `tokenizer.json`, of the `tokenizers` library.
+    #[default]
+    Json,
+    /// `tekken.json`, of Mistral.
+    Tekken,
+    /// `tokenizer.model`, of SentencePiece.
+    SentencePiece,
+}
+
+impl TokenizerFormat {
+    /// In order of preference.
+    const ALL: [TokenizerFormat; 3] = [TokenizerFormat::Json, TokenizerFormat::Tekken, TokenizerFormat::SentencePiece];
+
+    fn file(self) -> &'static str {
+        match self {
+            TokenizerFormat::Json => "tokenizer.json",
+            TokenizerFormat::Tekken => "tekken.json",
+            TokenizerFormat::SentencePiece => "tokenizer.model",
+        }
+    }
 }
 
 /// Larger than any that is published; a file beyond it is none of these.
@@ -30,11 +61,19 @@ impl TextFiles {
     /// Reads the files from a checkpoint's directory.
     ///
     /// # Errors
-    /// If there is no `tokenizer.json`, or a file cannot be read or is not what its name says.
+    /// If there is no tokenizer, or a file cannot be read or is not what its name says.
     pub fn read(directory: &Path) -> Result<TextFiles> {
-        let tokenizer = read(directory, "tokenizer.json")?.ok_or_else(|| {
+        let mut found = None;
+        for format in TokenizerFormat::ALL {
+            if let Some(bytes) = read(directory, format.file())? {
+                found = Some((format, bytes));
+                break;
+            }
+        }
+        let (format, tokenizer) = found.ok_or_else(|| {
             Error::invalid(format!(
-                "{} has no tokenizer.json; a tokenizer.model must be converted first, or take the model's GGUF file",
+                "{} has no tokenizer.json, tekken.json or tokenizer.model; add the one that the model was published \
+                 with, or take the model's GGUF file",
                 directory.display()
             ))
         })?;
@@ -50,6 +89,7 @@ impl TextFiles {
         };
         Ok(TextFiles {
             tokenizer,
+            format,
             tokenizer_config: json(directory, "tokenizer_config.json")?,
             generation_config,
             chat_template,
@@ -90,13 +130,18 @@ const MAX_REPLACEMENT_BYTES: usize = 16;
 
 impl Tokenizer {
     /// # Errors
-    /// If `tokenizer.json` is not one, contradicts itself, or is of a kind that is not provided.
+    /// If the tokenizer's file is not one, contradicts itself, or is of a kind that is not provided.
     pub fn from_files(files: &TextFiles) -> Result<Tokenizer> {
-        from_files(files).map_err(|error| error.within("tokenizer.json"))
+        let tokenizer = match files.format {
+            TokenizerFormat::Json => from_json(files),
+            TokenizerFormat::Tekken => tekken::from_files(files),
+            TokenizerFormat::SentencePiece => sentencepiece::from_files(files),
+        };
+        tokenizer.map_err(|error| error.within(files.format.file()))
     }
 }
 
-fn from_files(files: &TextFiles) -> Result<Tokenizer> {
+fn from_json(files: &TextFiles) -> Result<Tokenizer> {
     let outline = Outline::read(&files.tokenizer)?;
     let decoder = Decoder::read(&outline.decoder)?;
     let library = Library::from_json(&files.tokenizer)?;
@@ -166,7 +211,7 @@ fn vocabulary(library: &Library, outline: &Outline, decoder: &Decoder) -> Result
 }
 
 /// The tokens that end an answer: those that the generation config names, and EOS.
-fn eos_ids(files: &TextFiles, eos: Option<u32>, vocab_size: usize) -> Result<Vec<u32>> {
+pub(super) fn eos_ids(files: &TextFiles, eos: Option<u32>, vocab_size: usize) -> Result<Vec<u32>> {
     let mut ids: Vec<u32> = eos.into_iter().collect();
     let named = files.generation_config.as_ref().and_then(|config| config.get("eos_token_id"));
     let named = match named {

@@ -199,7 +199,7 @@ fn byte_level(vocab: GgufVocab) -> Result<Tokenizer> {
         .merges
         .ok_or_else(|| Error::invalid("tokenizer.ggml.merges is missing: byte-level BPE can't do without"))?;
     let merges = (0..).zip(merges).map(|(at, merge)| split_merge(at, merge, longest)).collect::<Result<_>>()?;
-    let library = Library::byte_level(numbered(vocab.tokens), merges, added, pre)?;
+    let library = Library::byte_level(numbered(vocab.tokens), merges, added, pre.patterns, pre.ignore_merges)?;
     Ok(Tokenizer {
         encoder: Encoder::Library(Box::new(library)),
         vocabulary,
@@ -293,6 +293,7 @@ fn sentence_piece(mut vocab: GgufVocab) -> Result<Tokenizer> {
         unknown: vocab.unknown,
         space_prefix,
         specials: Specials::new(specials)?,
+        frozen: Specials::default(),
     };
     Ok(Tokenizer {
         encoder: Encoder::Spm(Box::new(Spm::new(parts)?)),

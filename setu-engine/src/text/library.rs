@@ -11,7 +11,6 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 
-use super::pretokenizer::PreTokenizer;
 use super::tokenizer::EncodeOptions;
 
 /// The library's tokenizer, twice if need be: whether special tokens are parsed is a setting of it.
@@ -39,12 +38,14 @@ impl Library {
         })
     }
 
-    /// Builds byte-level BPE of `tokens`, each with the position that is its id.
+    /// Builds byte-level BPE of `tokens`, each with the position that is its id. `patterns` cut text into words; with
+    /// `whole_words` a word that is a token is taken whole, whatever the merges would make of it.
     pub fn byte_level(
         tokens: Vec<(String, u32)>,
         merges: Vec<(String, String)>,
         added: Vec<Added>,
-        pre: &PreTokenizer,
+        patterns: &[&str],
+        whole_words: bool,
     ) -> Result<Library> {
         caught("building it", || {
             let mut vocab = Vocab::with_capacity(tokens.len());
@@ -56,11 +57,11 @@ impl Library {
             }
             let model = BPE::builder()
                 .vocab_and_merges(vocab, merges)
-                .ignore_merges(pre.ignore_merges)
+                .ignore_merges(whole_words)
                 .build()
                 .map_err(|error| Error::invalid(format!("the merges do not fit the tokens: {error}")))?;
             let mut parsing = tokenizers::Tokenizer::new(model);
-            parsing.with_pre_tokenizer(Some(split_words(pre)?));
+            parsing.with_pre_tokenizer(Some(split_words(patterns)?));
             parsing
                 .add_tokens(
                     added.into_iter().map(|token| AddedToken::from(token.text, token.special).normalized(false)),
@@ -110,13 +111,15 @@ impl Library {
 }
 
 /// Cuts text into words and writes their bytes as characters.
-pub(super) fn split_words(pre: &PreTokenizer) -> Result<PreTokenizerWrapper> {
+pub(super) fn split_words(patterns: &[&str]) -> Result<PreTokenizerWrapper> {
     let split = |pattern: &&str| {
         Split::new(SplitPattern::Regex((*pattern).to_owned()), SplitDelimiterBehavior::Isolated, false)
             .map(PreTokenizerWrapper::Split)
-            .map_err(|error| Error::internal(format!("the pattern {pattern} of a pre-tokenizer is not valid: {error}")))
+            .map_err(|error| {
+                Error::invalid(format!("the pattern {pattern:?} that cuts text into words is not valid: {error}"))
+            })
     };
-    let mut steps = pre.patterns.iter().map(split).collect::<Result<Vec<_>>>()?;
+    let mut steps = patterns.iter().map(split).collect::<Result<Vec<_>>>()?;
     steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, false, false)));
     Ok(PreTokenizerWrapper::Sequence(Sequence::new(steps)))
 }

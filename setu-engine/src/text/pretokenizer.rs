@@ -209,7 +209,7 @@ mod tests {
 
     fn words(name: &str, text: &str) -> Vec<String> {
         let mut pieces = PreTokenizedString::from(text);
-        split_words(find(name).unwrap()).unwrap().pre_tokenize(&mut pieces).unwrap();
+        split_words(find(name).unwrap().patterns).unwrap().pre_tokenize(&mut pieces).unwrap();
         let words = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
         words.into_iter().map(|(_, (start, end), _)| text[start..end].to_owned()).collect()
     }

@@ -26,8 +26,8 @@ impl EncodeOptions {
     pub const PLAIN: EncodeOptions = EncodeOptions { add_special: false, parse_special: false };
 }
 
-/// A model's tokenizer, from its `tokenizer.json` ([`Tokenizer::from_files`]) or from the metadata of a GGUF file
-/// ([`Tokenizer::from_gguf`]). It is shared by all threads.
+/// A model's tokenizer, from the files beside its weights ([`Tokenizer::from_files`]) or from the metadata of a GGUF
+/// file ([`Tokenizer::from_gguf`]). It is shared by all threads.
 pub struct Tokenizer {
     pub(super) encoder: Encoder,
     pub(super) vocabulary: Vocabulary,

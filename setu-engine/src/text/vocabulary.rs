@@ -73,6 +73,23 @@ pub(super) fn push_byte_level(token: &str, bytes: &mut Vec<u8>) {
     }
 }
 
+/// How byte-level vocabularies write `bytes`.
+pub(super) fn written_byte_level(bytes: &[u8]) -> String {
+    bytes.iter().map(|&byte| CHARACTER_OF[usize::from(byte)]).collect()
+}
+
+const CHARACTER_OF: [char; 256] = {
+    let mut character_of = ['\0'; 256];
+    let mut character = 0;
+    while character < BYTE_OF.len() {
+        if let (Some(byte), Some(written)) = (BYTE_OF[character], char::from_u32(character as u32)) {
+            character_of[byte as usize] = written;
+        }
+        character += 1;
+    }
+    character_of
+};
+
 const BYTE_OF: [Option<u8>; 256 + 68] = {
     let mut byte_of = [None; 256 + 68];
     let mut shifted = 256;
@@ -123,8 +140,8 @@ mod tests {
         ] {
             assert_eq!(byte_level(token), bytes, "{token:?}");
         }
-        let distinct: std::collections::HashSet<_> = BYTE_OF.iter().flatten().collect();
-        assert_eq!(distinct.len(), 256);
+        let all: Vec<u8> = (0..=255).collect();
+        assert_eq!(byte_level(&written_byte_level(&all)), all);
     }
 
     #[test]
