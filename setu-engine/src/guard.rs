@@ -110,6 +110,11 @@ impl<C: ?Sized> Guard<C> {
         Ok(result)
     }
 
+    /// What the calls for the latest step took, if that is over the budget.
+    pub fn overran(&self) -> Option<Duration> {
+        (self.overran & 1 == 1).then_some(self.step_spent)
+    }
+
     /// Whether a component is left to call.
     pub fn is_usable(&self) -> bool {
         self.component.is_some()

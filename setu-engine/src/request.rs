@@ -3,6 +3,7 @@
 use crossbeam_channel::Sender;
 use setu_core::ids::{SessionId, TenantId};
 use setu_core::sampling::SamplingParams;
+use setu_core::view::UNSET_PRIORITY;
 use setu_core::{Error, Result};
 
 /// A prompt and what is asked of its continuation.
@@ -13,8 +14,10 @@ pub struct Request {
     pub tenant: TenantId,
     /// The tenant's share under contention.
     pub tenant_weight: f64,
-    /// Higher is more urgent; the scheduler defines the range.
-    pub priority: i32,
+    /// Higher is more urgent; the scheduler defines the range, and what counts where none is given.
+    pub priority: Option<i32>,
+    /// The class of application that it belongs to, for estimates of its answer's length; 0 for none.
+    pub class: u32,
     pub deadlines: Deadlines,
     /// Reads the prompt (for its log-probabilities) and generates nothing.
     pub prompt_only: bool,
@@ -30,7 +33,8 @@ impl Request {
             params,
             tenant: TenantId(0),
             tenant_weight: 1.0,
-            priority: 0,
+            priority: None,
+            class: 0,
             deadlines: Deadlines::default(),
             prompt_only: false,
             text: Vec::new(),
@@ -171,6 +175,9 @@ impl Request {
             [("ttft", self.deadlines.ttft_s), ("itl", self.deadlines.itl_s), ("total", self.deadlines.total_s)];
         if let Some((name, value)) = deadlines.into_iter().find(|(_, value)| value.is_nan() || *value <= 0.0) {
             return Err(Error::invalid(format!("the {name} deadline must be over 0 s, not {value}")));
+        }
+        if self.priority == Some(UNSET_PRIORITY) {
+            return Err(Error::invalid(format!("a priority must be over {UNSET_PRIORITY}")));
         }
         if !(self.tenant_weight > 0.0 && self.tenant_weight.is_finite()) {
             return Err(Error::invalid(format!("a tenant's weight must be over 0, not {}", self.tenant_weight)));

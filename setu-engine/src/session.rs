@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crossbeam_channel::Sender;
 use setu_core::ids::SessionId;
 use setu_core::sampling::SamplingParams;
-use setu_core::view::{SessionState, SessionView};
+use setu_core::view::{SessionState, SessionView, UNSET_PRIORITY};
 use setu_core::{Error, Result};
 
 use crate::guard::panic_message;
@@ -129,7 +129,8 @@ impl Session {
         view.id = self.id;
         view.tenant = request.tenant;
         view.tenant_weight = request.tenant_weight;
-        view.priority = request.priority;
+        view.priority = request.priority.unwrap_or(UNSET_PRIORITY);
+        view.class = request.class;
         view.arrival_s = now_s;
         view.ttft_deadline_s = now_s + request.deadlines.ttft_s;
         view.itl_limit_s = request.deadlines.itl_s;

@@ -10,6 +10,8 @@ pub mod config;
 pub mod linked;
 pub mod logging;
 pub mod models;
+pub mod request;
 pub mod serving;
 pub mod settings;
 pub mod setup;
+pub mod tenants;

@@ -1,6 +1,5 @@
 //! A model loaded into a running engine: the second half of start-up, and what commands do with it.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -22,8 +21,10 @@ use crate::cli::Failure;
 use crate::config::Settings;
 use crate::linked;
 use crate::models::{Console, Store, StoreOptions};
+use crate::request::RequestOptions;
 use crate::settings::ModelConfig;
 use crate::setup::Setup;
+use crate::tenants::{Tenants, TenantsConfig};
 
 /// A message of a chat.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +112,7 @@ pub struct Serving {
     model: OpenModel,
     tokenizer: Arc<Tokenizer>,
     template: Result<ChatTemplate>,
+    tenants: Tenants,
     weight_bytes: u64,
     timings: Vec<(&'static str, f64)>,
     load_s: f64,
@@ -129,6 +131,7 @@ impl Serving {
         let engine_config: EngineConfig = own(&settings, "engine")?;
         let kv_config: KvConfig = own(&settings, "kv")?;
         own::<ParallelConfig>(&settings, "parallel")?;
+        let tenants = Tenants::new(own::<TenantsConfig>(&settings, "tenants")?);
 
         let registries = &setup.registries;
         let scheduler = build(&settings, &registries.schedulers)?;
@@ -176,7 +179,7 @@ impl Serving {
         let core_settings = CoreSettings { engine: engine_config, kv: kv_config, max_model_len: loaded.max_model_len };
         let engine = Engine::start(parts, core_settings)?;
         let load_s = started.elapsed().as_secs_f64();
-        Ok(Serving { engine, model, tokenizer, template, weight_bytes, timings, load_s })
+        Ok(Serving { engine, model, tokenizer, template, tenants, weight_bytes, timings, load_s })
     }
 
     /// What `setu run FLAGS` would start; for tests and benches.
@@ -249,7 +252,7 @@ impl Serving {
     ///
     /// # Errors
     /// The request is invalid.
-    pub fn add(&self, prompt: Vec<u32>, params: SamplingParams) -> Result<Vec<Session>> {
+    pub fn add(&self, prompt: Vec<u32>, params: SamplingParams, options: &RequestOptions) -> Result<Vec<Session>> {
         let stops = StopMatcher::new(&params.stop, false)?;
         let text = (0..params.n).map(|_| {
             let detokenizer = Detokenizer::new(self.tokenizer.clone(), DetokenizeOptions::default());
@@ -259,6 +262,10 @@ impl Serving {
         let text = text.collect();
         let mut request = Request::new(prompt, params);
         request.text = text;
+        (request.tenant, request.tenant_weight) = self.tenants.get(options.tenant.as_deref());
+        request.priority = options.priority;
+        request.class = options.class;
+        request.deadlines = options.deadlines;
         self.engine.add_session(request)
     }
 
@@ -276,20 +283,18 @@ impl Serving {
         self.tokenizer.bos().ok_or_else(none)
     }
 
-    /// Records every step and decision into `path`, as lines of JSON.
+    /// Records every step and decision into `path`, as lines of JSON: see [`setu_engine::trace`].
     ///
     /// # Errors
     /// The file can't be written.
     pub fn trace_to(&mut self, path: &Path) -> Result<()> {
         let unwritable = |error| Error::config(format!("the trace {} can't be written: {error}", path.display()));
-        let mut file = std::io::LineWriter::new(std::fs::File::create(path).map_err(unwritable)?);
+        let file = std::fs::File::create(path).map_err(unwritable)?;
         let path: PathBuf = path.to_owned();
-        self.engine.set_tracer(Some(Box::new(move |step| {
-            let line = serde_json::to_string(step).unwrap_or_default();
-            if let Err(error) = writeln!(file, "{line}") {
-                tracing::warn!(%error, path = %path.display(), "the trace can't be written");
-            }
-        })))
+        let failed = move |error: std::io::Error| {
+            tracing::warn!(%error, path = %path.display(), "the trace can't be written; the rest of it is lost");
+        };
+        self.engine.set_tracer(Some(setu_engine::trace::writer(file, failed)))
     }
 
     /// Where the time from process start to the first token went, a line each.

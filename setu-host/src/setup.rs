@@ -21,6 +21,7 @@ use crate::config::{
 use crate::linked;
 use crate::logging;
 use crate::settings::{LogConfig, ModelConfig, RootConfig, SamplingConfig};
+use crate::tenants::TenantsConfig;
 
 /// Environment variables with the prefix `SETU_` that are not settings.
 const OTHER_VARIABLES: &[&str] =
@@ -146,6 +147,7 @@ fn layout(registries: &Registries, folders: &[PathBuf], plugins: &PluginReport) 
         Section::fixed("engine", EngineConfig::spec()),
         Section::fixed("kv", KvConfig::spec()),
         Section::fixed("parallel", ParallelConfig::spec()),
+        Section::fixed("tenants", TenantsConfig::spec()),
         Section::fixed("sampling", SamplingConfig::spec()),
         Section::fixed("log", LogConfig::spec()),
     ];

@@ -5,11 +5,15 @@ use std::ops::Range;
 use setu_core::backend::{NO_TOKEN, StepOutputs};
 use setu_core::scheduler::{EventKind, SessionEvent};
 use setu_core::view::{SessionState, StepOutcome};
-use setu_core::{Error, ErrorKind};
+use setu_core::{Error, ErrorKind, Result};
 
 use super::Core;
+use super::accounts::share_s;
 use super::flight::{Flight, FlightRow, WantKind};
 use crate::request::{Event, FinishReason, TokenEvent, TokenLogprob};
+
+/// Longest step that a backend of virtual time can claim.
+const MOST_BUSY_S: f64 = 1e6;
 
 /// Memory that backends write outputs into.
 #[derive(Debug, Default)]
@@ -45,12 +49,23 @@ impl Core {
         let top = (&mut buffers.top_tokens[..], &mut buffers.top_logprobs[..], stride);
         let mut outputs = StepOutputs::new(&mut buffers.tokens, &mut buffers.logprobs, top, &mut []);
         let result = self.call_backend(|executable| executable.wait(ticket, &mut outputs));
+        let result = result.and_then(|()| self.pass_time(outputs.busy_s));
         // The flight stays in the queue while its results are taken in: what ends meanwhile is retired with it.
         match result {
             Ok(()) => self.take_in(&buffers),
             Err(error) => self.step_failed(error),
         }
         self.outputs = buffers;
+    }
+
+    /// Moves a virtual clock on by the time that the oldest step takes; steps run one behind the other.
+    fn pass_time(&mut self, busy_s: f64) -> Result<()> {
+        let Some(flight) = self.flights.front().filter(|_| self.clock.is_virtual()) else { return Ok(()) };
+        if !(0.0..MOST_BUSY_S).contains(&busy_s) {
+            return Err(Error::contract(format!("the backend says that a step took {busy_s} s")));
+        }
+        self.clock.advance_to(flight.submitted_s.max(self.last_finished_s) + busy_s);
+        Ok(())
     }
 
     fn take_in(&mut self, buffers: &OutputBuffers) {
@@ -71,16 +86,18 @@ impl Core {
                 self.batcher_fault(&error);
             }
         }
+        let model = *self.step_time.model();
         let mut wants = 0..0;
         for row in &flight.rows {
             wants = wants.end..row.wants_end as usize;
             if let Some(&index) = self.index.get(&row.session) {
-                let event = self.confirm(index, row, now_s);
+                let cost_s = share_s(&model, &flight.work, flight.rows.len(), took_s, row.tokens, row.start);
+                let event = self.confirm(index, row, now_s, cost_s);
                 self.take_wants(index, &flight, wants.clone(), buffers, event);
             }
         }
         self.retire_flight(flight);
-        self.trace(|core| crate::trace::StepTrace::finished(core.clock.now_s(), &core.last_step));
+        self.trace_finished();
     }
 
     /// Takes in what the step was to tell of the session at `index`.
@@ -123,12 +140,14 @@ impl Core {
     }
 
     /// Marks a row's tokens as computed. Returns the index of the event that tells the scheduler so.
-    fn confirm(&mut self, index: usize, row: &FlightRow, now_s: f64) -> usize {
+    fn confirm(&mut self, index: usize, row: &FlightRow, now_s: f64, cost_s: f64) -> usize {
         let view = &mut self.views[index];
         view.steps_in_flight -= 1;
         let mut event = SessionEvent::new(EventKind::Advanced, row.session, view.tenant, now_s);
         event.prefill_tokens = row.prompt_tokens;
         event.cached_tokens = row.cached_tokens.min(view.prompt_tokens);
+        event.cost_s = cost_s;
+        self.accounts.charge(view, event.prefill_tokens, event.cached_tokens, cost_s);
         let event_at = self.events.len();
         self.events.push(event);
         if self.sessions[index].epoch != row.epoch {
@@ -180,6 +199,7 @@ impl Core {
         let (session, view) = (&mut self.sessions[index], &mut self.views[index]);
         session.output.push(token);
         view.generated_tokens += 1;
+        self.accounts.charge_generated(view);
         if session.output.len() == 1 {
             self.stats.ttft_s += self.events[event].time_s - view.arrival_s;
             self.stats.first_tokens += 1;

@@ -26,6 +26,8 @@ pub(super) struct FlightRow {
     pub session: SessionId,
     /// The session's epoch when it was submitted.
     pub epoch: u32,
+    /// Position of the first token.
+    pub start: u32,
     pub tokens: u32,
     /// Of these, tokens of the prompt.
     pub prompt_tokens: u32,

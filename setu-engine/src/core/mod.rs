@@ -4,10 +4,13 @@
 //! flight uses stays: pages are released when every step that reads or writes them was waited for, and a
 //! result that comes too late (its session ended or lost its pages meanwhile) is dropped.
 //!
-//! `plan.rs` decides what runs, `submit.rs` writes it down for the backend, `finish.rs` takes the results in.
+//! `plan.rs` decides what runs, `submit.rs` writes it down for the backend, `finish.rs` takes the results in,
+//! `notes.rs` tells the record of decisions.
 
+mod accounts;
 mod finish;
 mod flight;
+mod notes;
 mod plan;
 mod submit;
 
@@ -32,7 +35,8 @@ use crate::request::{Arrival, Event, FinishReason, Finished, Limits};
 use crate::session::Session;
 use crate::stats::Stats;
 use crate::step_time::StepTimeFit;
-use crate::trace::{StepTrace, Tracer};
+use crate::trace::{PreemptionCause, Tracer};
+use accounts::Accounts;
 use flight::Flight;
 use submit::StepBuilder;
 
@@ -82,6 +86,7 @@ pub struct Core {
     sessions: Vec<Session>,
     views: Vec<SessionView>,
     index: HashMap<SessionId, usize>,
+    accounts: Accounts,
     free_slots: Vec<u32>,
     flights: VecDeque<Flight>,
     /// Flights that are over, for their memory.
@@ -102,6 +107,7 @@ pub struct Core {
     outputs: finish::OutputBuffers,
     stats: Stats,
     tracer: Option<Tracer>,
+    notes: notes::Notes,
     /// Why nothing can run any more.
     broken: Option<Error>,
 }
@@ -115,6 +121,12 @@ impl Core {
                 info.kv_pages.len(),
                 info.max_in_flight,
                 parts.graph.kv_groups.len()
+            )));
+        }
+        if info.virtual_time != clock.is_virtual() {
+            return Err(Error::contract(format!(
+                "the backend's time is {}, the engine's clock is not",
+                if info.virtual_time { "virtual" } else { "real" }
             )));
         }
         let kv = KvStore::new(&parts.graph, &info.kv_pages, settings.kv.page_tokens);
@@ -139,6 +151,7 @@ impl Core {
             sessions: Vec::new(),
             views: Vec::new(),
             index: HashMap::new(),
+            accounts: Accounts::default(),
             free_slots: (0..settings.engine.max_sessions).rev().collect(),
             flights: VecDeque::new(),
             spare_flights: Vec::new(),
@@ -156,6 +169,7 @@ impl Core {
             outputs: finish::OutputBuffers::default(),
             stats: Stats::default(),
             tracer: None,
+            notes: notes::Notes::default(),
             broken: None,
             info,
             settings,
@@ -174,17 +188,12 @@ impl Core {
         &self.info
     }
 
-    /// Reports every step and decision to `tracer` from now on.
-    pub fn set_tracer(&mut self, tracer: Option<Tracer>) {
-        self.decisions.set_recording(tracer.is_some());
-        self.tracer = tracer;
-    }
-
     /// Takes the choices of one request in. The first computes the prompt; the others share it.
     pub fn add(&mut self, arrivals: Vec<Arrival>) {
         let now_s = self.clock.now_s();
         if let Some(refusal) = self.refusal(arrivals.len()) {
             for arrival in arrivals {
+                self.trace_refused(arrival.id, arrival.request.prompt.len(), &refusal);
                 let usage = Default::default();
                 let finished = Finished { reason: refusal.clone(), text: String::new(), usage };
                 let _ = arrival.events.send(Event::Finished(finished));
@@ -197,13 +206,15 @@ impl Core {
             let session = Session::new(arrival, self.kv.tables(), leader);
             let longest = self.limits.max_model_len.min(self.limits.kv_tokens);
             let room = longest - session.prompt().len() as u32;
-            let view = session.view(now_s, session.params().max_tokens.unwrap_or(room).min(room));
+            let mut view = session.view(now_s, session.params().max_tokens.unwrap_or(room).min(room));
+            self.accounts.enter(&mut view);
             self.note(EventKind::Added, &session, now_s);
             self.index.insert(session.id, self.sessions.len());
             tracing::debug!(session = %session.id, prompt_tokens = view.prompt_tokens, "the session was added");
             self.sessions.push(session);
             self.views.push(view);
             self.stats.added += 1;
+            self.trace_added(self.sessions.len() - 1);
         }
     }
 
@@ -228,18 +239,20 @@ impl Core {
     /// Puts another scheduler in use; it hears of all live sessions.
     pub fn swap_scheduler(&mut self, name: &str, scheduler: Box<dyn Scheduler>) {
         self.scheduler.swap(name.to_owned(), scheduler);
+        self.trace_swapped(Kind::Scheduler);
         self.replay_sessions();
     }
 
     /// Puts another batcher in use.
     pub fn swap_batcher(&mut self, name: &str, batcher: Box<dyn Batcher>) {
         self.batcher.swap(name.to_owned(), batcher);
+        self.trace_swapped(Kind::Batcher);
     }
 
     /// Preempts every session that holds pages; they compute them again. For tests and for operators.
     pub fn preempt_all(&mut self) {
         for index in 0..self.sessions.len() {
-            self.preempt(index);
+            self.preempt(index, PreemptionCause::Operator, None);
         }
     }
 
@@ -306,7 +319,8 @@ impl Core {
             self.fork_followers();
         }
         let mut session = self.sessions.remove(index);
-        self.views.remove(index);
+        let view = self.views.remove(index);
+        self.accounts.leave(&view, &mut self.views);
         self.index.remove(&session.id);
         for (at, later) in self.sessions.iter().enumerate().skip(index) {
             self.index.insert(later.id, at);
@@ -324,8 +338,12 @@ impl Core {
             _ => EventKind::Aborted,
         };
         self.note(kind, &session, self.clock.now_s());
+        if kind == EventKind::Finished {
+            self.accounts.answered(&view, &mut self.views);
+        }
         self.stats.count_end(&reason);
         session.usage.generated_tokens = session.output.len() as u32;
+        self.trace_ended(&session, &view, &reason);
         let text = session.finish_text();
         tracing::debug!(session = %session.id, generated = session.usage.generated_tokens, ?reason, "the session ended");
         // An owner who is gone doesn't mind.
@@ -346,11 +364,12 @@ impl Core {
         }
     }
 
-    /// Takes a session's pages away; it computes them again when it runs next.
-    fn preempt(&mut self, index: usize) {
+    /// Takes a session's pages away, for `by` if it is for a session; it computes them again when it runs next.
+    fn preempt(&mut self, index: usize, cause: PreemptionCause, by: Option<SessionId>) {
         if self.views[index].pages_held == 0 {
             return;
         }
+        self.trace_preempted(index, cause, by);
         if self.sessions[index].slot.is_none() {
             self.detach(index);
             return;
@@ -417,7 +436,7 @@ impl Core {
         for &(group, from, to) in copies {
             let owner = self.sessions.iter().position(|session| session.tables[group as usize].pages.contains(&to));
             if let Some(owner) = owner {
-                self.preempt(owner);
+                self.preempt(owner, PreemptionCause::CopyLost, None);
             }
             self.kv.release(&[(group, from), (group, to)]);
         }
@@ -463,6 +482,7 @@ impl Core {
     }
 
     fn record_fault(&mut self, fault: Fault, replaced: bool) -> bool {
+        self.trace_fault(&fault, replaced);
         if !replaced {
             let (kind, message) = (fault.kind, &fault.message);
             self.fail_all(Error::internal(format!("no {kind} is left to go on with; the last one's fault: {message}")));
@@ -504,13 +524,6 @@ impl Core {
         self._keep_alive.drain(..).for_each(std::mem::forget);
     }
 
-    fn trace(&mut self, trace: impl FnOnce(&Core) -> StepTrace) {
-        if let Some(mut tracer) = self.tracer.take() {
-            tracer(&trace(self));
-            self.tracer = Some(tracer);
-        }
-    }
-
     fn observe_events(&mut self) {
         // A fallback that takes over has all live sessions to hear of.
         while !self.events.is_empty() && self.broken.is_none() {
@@ -539,6 +552,7 @@ impl Core {
         let copies = copies.flat_map(|&(group, from, to)| [(group, from), (group, to)]);
         self.kv.check_integrity(tables.chain(retired).chain(copies));
         assert_eq!(self.sessions.len(), self.views.len());
+        self.accounts.check_integrity(&self.views);
         for (index, (session, view)) in self.sessions.iter().zip(&self.views).enumerate() {
             assert_eq!(self.index.get(&session.id), Some(&index));
             assert!(view.computed_tokens <= view.scheduled_tokens && view.scheduled_tokens <= view.len_tokens);

@@ -1,13 +1,16 @@
 //! Decides what the next step holds: scheduler, then batcher, then pages.
 
-use setu_core::ids::SessionId;
-use setu_core::rows::Column;
-use setu_core::scheduler::Verdict;
-use setu_core::view::{Budgets, SessionState, SessionView, StepView};
+use setu_core::ids::{SessionId, TenantId};
+use setu_core::rows::{Column, Rows};
+use setu_core::scheduler::{EventKind, SessionEvent, Verdict};
+use setu_core::view::{
+    Budgets, KvGroupView, SessionState, SessionView, StepOutcome, StepTimeModel, StepView, TenantView,
+};
 use setu_core::{Error, Result};
 
 use super::Core;
 use crate::request::FinishReason;
+use crate::trace::PreemptionCause;
 
 /// Sessions whose prefixes are looked up before a step, and as many again by turns.
 const PROBES: usize = 32;
@@ -22,6 +25,8 @@ pub(super) struct Plan {
     /// Sessions in the scheduler's order, as indices.
     ready: Vec<u32>,
     rejected: Vec<(SessionId, String, Option<f64>)>,
+    /// Sessions whose chunk the scheduler caps, as indices, with the cap.
+    capped: Vec<(u32, u32)>,
     preempted: Vec<SessionId>,
     /// For each session whether a decision or a chunk named it already.
     seen: Vec<bool>,
@@ -35,11 +40,17 @@ pub(super) struct PlannedRow {
 }
 
 impl Plan {
+    /// Sessions that a chunk could be for, as indices, in the scheduler's order.
+    pub fn order(&self) -> &[u32] {
+        &self.ready
+    }
+
     /// Forgets everything but the copies.
     pub fn clear(&mut self) {
         self.rows.clear();
         self.ready.clear();
         self.rejected.clear();
+        self.capped.clear();
         self.preempted.clear();
     }
 }
@@ -58,13 +69,19 @@ impl Core {
         }
         self.fork_followers();
         self.probe_prefixes();
+        self.accounts.count_running(&self.views);
         let mut wake_at_s = self.schedule();
+        self.note_overrun();
+        self.apply_caps();
         self.apply_rejections();
         self.keep_runnable();
         self.attach_prefixes();
         wake_at_s = wake_at_s.min(self.batch());
         self.give_pages();
         self.detach_unused();
+        if self.planned.rows.is_empty() {
+            self.trace_plan(None, false);
+        }
         wake_at_s
     }
 
@@ -89,16 +106,11 @@ impl Core {
 
     fn ask_scheduler(&mut self) -> Result<()> {
         self.kv.views(&mut self.group_views);
-        let view = StepView::new(
-            self.clock.now_s(),
-            self.step,
-            self.budgets(),
-            &self.views,
-            &self.group_views,
-            (&self.last_step, self.step_time.model()),
-        );
-        let (scheduler, decisions) = (&mut self.scheduler, &mut self.decisions);
         let step = self.step;
+        let history = (&self.last_step, self.step_time.model());
+        let rows = (&self.views[..], &self.group_views[..], self.accounts.tenants());
+        let view = step_view(self.clock.now_s(), step, self.budgets(), rows, history);
+        let (scheduler, decisions) = (&mut self.scheduler, &mut self.decisions);
         decisions
             .fill(self.views.len(), |decisions| scheduler.call(step, |scheduler| scheduler.schedule(&view, decisions)))
     }
@@ -116,6 +128,7 @@ impl Core {
         let plan = &mut self.planned;
         plan.ready.clear();
         plan.rejected.clear();
+        plan.capped.clear();
         plan.preempted.clear();
         plan.seen.clear();
         plan.seen.resize(self.views.len(), false);
@@ -132,7 +145,12 @@ impl Core {
                 return Err(Error::contract(format!("two decisions about {}", decision.id)));
             }
             match decision.verdict {
-                Verdict::Run => plan.ready.push(index as u32),
+                Verdict::Run => {
+                    plan.ready.push(index as u32);
+                    if decision.chunk_cap > 0 {
+                        plan.capped.push((index as u32, decision.chunk_cap));
+                    }
+                }
                 Verdict::Wait => {}
                 Verdict::Preempt(setu_core::scheduler::Preemption::Keep) => {}
                 Verdict::Preempt(_) => plan.preempted.push(decision.id),
@@ -144,10 +162,28 @@ impl Core {
         Ok(())
     }
 
+    /// Tells the scheduler that it took too long, so that it may do less.
+    fn note_overrun(&mut self) {
+        if let Some(took) = self.scheduler.overran() {
+            let mut event = SessionEvent::new(EventKind::Overran, SessionId(0), TenantId(0), self.clock.now_s());
+            event.cost_s = took.as_secs_f64();
+            self.events.push(event);
+            self.trace_overran(took.as_secs_f64());
+        }
+    }
+
+    /// Shows the batcher the scheduler's caps of this step, and no earlier ones.
+    fn apply_caps(&mut self) {
+        self.views.iter_mut().for_each(|view| view.chunk_cap = 0);
+        for &(index, cap) in &self.planned.capped {
+            self.views[index as usize].chunk_cap = cap;
+        }
+    }
+
     fn apply_rejections(&mut self) {
         for id in std::mem::take(&mut self.planned.preempted) {
             if let Some(&index) = self.index.get(&id) {
-                self.preempt(index);
+                self.preempt(index, PreemptionCause::Scheduler, None);
             }
         }
         if self.planned.rejected.is_empty() {
@@ -166,7 +202,7 @@ impl Core {
 
     /// Whether a chunk of the session can be planned now: it has tokens to compute, and all are known or
     /// being sampled by the step submitted last.
-    fn can_run(&self, index: usize) -> bool {
+    pub(super) fn can_run(&self, index: usize) -> bool {
         let (session, view) = (&self.sessions[index], &self.views[index]);
         if view.pending_tokens() == 0 || view.state() == SessionState::Held {
             return false;
@@ -201,7 +237,7 @@ impl Core {
             // All slots are with sessions that pause: the last to arrive gives its own away.
             let pauses = |&index: &usize| self.sessions[index].slot.is_some() && self.views[index].steps_in_flight == 0;
             if let Some(idle) = (0..self.sessions.len()).rev().find(pauses) {
-                self.preempt(idle);
+                self.preempt(idle, PreemptionCause::Slot, Some(self.views[index as usize].id));
                 ready.push(index);
             }
         }
@@ -307,16 +343,11 @@ impl Core {
 
     fn ask_batcher(&mut self, ready: &[u32]) -> Result<()> {
         self.kv.views(&mut self.group_views);
-        let view = StepView::new(
-            self.clock.now_s(),
-            self.step,
-            self.budgets(),
-            &self.views,
-            &self.group_views,
-            (&self.last_step, self.step_time.model()),
-        );
-        let (batcher, chunks) = (&mut self.batcher, &mut self.chunks);
         let step = self.step;
+        let history = (&self.last_step, self.step_time.model());
+        let rows = (&self.views[..], &self.group_views[..], self.accounts.tenants());
+        let view = step_view(self.clock.now_s(), step, self.budgets(), rows, history);
+        let (batcher, chunks) = (&mut self.batcher, &mut self.chunks);
         chunks
             .fill(ready.len(), |chunks| batcher.call(step, |batcher| batcher.batch(&view, Column::new(ready), chunks)))
     }
@@ -370,7 +401,9 @@ impl Core {
         while position < last {
             let index = order[position] as usize;
             position += 1;
-            let tokens = tokens_of[index];
+            let cap = self.views[index].chunk_cap;
+            // A batcher older than caps doesn't know of them.
+            let tokens = if cap == 0 { tokens_of[index] } else { tokens_of[index].min(cap) };
             if tokens == 0 || !self.can_run(index) {
                 continue;
             }
@@ -383,6 +416,7 @@ impl Core {
                 if self.kv.grow(&mut self.sessions[index].tables, start + granted) {
                     break;
                 }
+                self.note_short(index, start + granted);
                 // Sessions behind this one in the order lose their pages first, the last one first.
                 let victim = (position..last).rev().find(|&p| self.views[order[p] as usize].pages_held > 0);
                 match victim {
@@ -391,7 +425,7 @@ impl Core {
                         let victim = order[victim] as usize;
                         // Pages that a step in flight uses come back only with it.
                         let must_wait = self.views[victim].steps_in_flight > 0;
-                        self.preempt(victim);
+                        self.preempt(victim, PreemptionCause::Pages, Some(self.views[index].id));
                         if must_wait {
                             granted = 0;
                             break;
@@ -404,7 +438,7 @@ impl Core {
                                 granted = 0;
                                 break;
                             }
-                            self.preempt(idle);
+                            self.preempt(idle, PreemptionCause::Pages, Some(self.views[index].id));
                             continue;
                         }
                         granted = self.kv.reach(&self.sessions[index].tables).saturating_sub(start).min(granted);
@@ -489,4 +523,17 @@ impl Core {
             self.sessions[index].tables = tables;
         }
     }
+}
+
+/// What scheduler and batcher see. Not of `Core`, which is borrowed in parts while one of them is called.
+fn step_view<'a>(
+    now_s: f64,
+    step: u64,
+    budgets: Budgets,
+    (sessions, kv_groups, tenants): (&'a [SessionView], &'a [KvGroupView], &'a [TenantView]),
+    history: (&'a StepOutcome, &'a StepTimeModel),
+) -> StepView<'a> {
+    let mut view = StepView::new(now_s, step, budgets, sessions, kv_groups, history);
+    view.tenants = Rows::new(tenants);
+    view
 }

@@ -6,7 +6,6 @@ use setu_core::rows::Rows;
 
 use super::Core;
 use super::flight::{Flight, FlightRow, FlightWant, WantKind};
-use crate::trace::StepTrace;
 
 /// The columns of a step. Kept between steps for their memory.
 #[derive(Debug, Default)]
@@ -99,6 +98,7 @@ impl Core {
             }
             Err(error) => {
                 tracing::error!(error = error.message(), step = self.step, "the backend refused a step");
+                self.trace_plan(Some(&flight), true);
                 if super::is_fatal(&error) {
                     self.backend_lost(error);
                 } else {
@@ -168,6 +168,7 @@ impl Core {
             flight.rows.push(FlightRow {
                 session: session.id,
                 epoch: session.epoch,
+                start,
                 tokens: planned.tokens,
                 prompt_tokens,
                 // A session loses its slot with its pages, so this is its first row since it has them.
@@ -187,6 +188,7 @@ impl Core {
     /// Takes note of a step that was submitted.
     fn account(&mut self, mut flight: Flight) {
         flight.copies.append(&mut self.planned.copies);
+        self.trace_plan(Some(&flight), false);
         for (planned, row) in self.planned.rows.iter().zip(&flight.rows) {
             let (session, view) = (&mut self.sessions[planned.session], &mut self.views[planned.session]);
             session.slot_open = true;
@@ -206,7 +208,6 @@ impl Core {
         self.stats.steps += 1;
         self.stats.prefill_tokens += u64::from(flight.work.prefill_tokens);
         self.stats.decode_tokens += u64::from(flight.work.decodes);
-        self.trace(|core| StepTrace::submitted(core.clock.now_s(), &flight_summary(core, &flight), &core.decisions));
         self.flights.push_back(flight);
     }
 
@@ -223,14 +224,5 @@ impl Core {
         let params = self.sessions[index].params();
         let eos = if params.ignore_eos { &[][..] } else { &self.eos };
         eos.iter().chain(&params.stop_token_ids).copied().collect()
-    }
-}
-
-fn flight_summary(core: &Core, flight: &Flight) -> crate::trace::StepSummary {
-    crate::trace::StepSummary {
-        step: flight.number,
-        predicted_s: flight.predicted_s,
-        free_pages: core.group_views.iter().map(|group| group.free_pages).collect(),
-        rows: flight.rows.iter().map(|row| (row.session, row.tokens, row.prompt_tokens)).collect(),
     }
 }

@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 
 use clap::ArgMatches;
 use rustyline::error::ReadlineError;
+use setu_core::sampling::SamplingParams;
 use setu_engine::FinishReason;
 
 use super::run::{Answer, print_piece, sampling_params, summary};
 use super::{human_bytes, print_line};
 use crate::cli::Failure;
 use crate::config::Settings;
+use crate::request::RequestOptions;
 use crate::serving::{Message, Serving};
 use crate::setup::Setup;
 
@@ -22,6 +24,7 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
         return Err(Failure::Usage("--json and --raw need a prompt; without one, `setu run` is a chat".to_owned()));
     }
     let params = sampling_params(matches, &settings)?;
+    let options = RequestOptions::from_matches(matches);
     if params.n > 1 {
         return Err(Failure::Usage("a chat has one answer to each message; --n needs a prompt".to_owned()));
     }
@@ -66,7 +69,7 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
         let _ = editor.add_history_entry(line.as_str());
         conversation.push(Message::new("user", &line));
         stop.store(false, Ordering::Release);
-        match answer(&serving, &conversation, &params, &stop) {
+        match answer(&serving, &conversation, (&params, &options), &stop) {
             Ok(text) => conversation.push(Message::new("assistant", &text)),
             Err(message) => {
                 conversation.pop();
@@ -87,12 +90,12 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
 fn answer(
     serving: &Serving,
     conversation: &[Message],
-    params: &setu_core::sampling::SamplingParams,
+    (params, options): (&SamplingParams, &RequestOptions),
     stop: &AtomicBool,
 ) -> Result<String, String> {
     let ids = serving.encode_chat(conversation).map_err(|error| error.to_string())?;
     let started = Instant::now();
-    let sessions = serving.add(ids, params.clone()).map_err(|error| error.to_string())?;
+    let sessions = serving.add(ids, params.clone(), options).map_err(|error| error.to_string())?;
     let session = &sessions[0];
     let mut answer = Answer { seed: session.seed, ..Answer::default() };
     while answer.reason.is_none() {

@@ -12,6 +12,7 @@ use setu_engine::{Event, FinishReason, Session, TokenLogprob, Usage};
 use super::{print_line, text_or_stdin};
 use crate::cli::Failure;
 use crate::config::Settings;
+use crate::request::RequestOptions;
 use crate::serving::{Message, Serving};
 use crate::settings::SamplingConfig;
 use crate::setup::Setup;
@@ -33,7 +34,7 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Resu
         serving.encode_chat(&messages(matches, &prompt))?
     };
     let started = Instant::now();
-    let sessions = serving.add(ids, params)?;
+    let sessions = serving.add(ids, params, &RequestOptions::from_matches(matches))?;
     let answers = if json { collect(&sessions) } else { stream(&sessions) };
     let first_token_s =
         answers.iter().filter_map(|answer| answer.first_token).min().map(|at| (at - started).as_secs_f64());

@@ -1,0 +1,49 @@
+//! What a request says besides its prompt and how to sample: whose it is, how urgent, when it is due.
+
+use clap::{Arg, ArgMatches, Command, value_parser};
+use setu_engine::request::Deadlines;
+
+/// For whom, how urgent, by when. By default nobody in particular, as urgent as the scheduler has it, whenever.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RequestOptions {
+    pub tenant: Option<String>,
+    pub priority: Option<i32>,
+    pub class: u32,
+    pub deadlines: Deadlines,
+}
+
+impl RequestOptions {
+    /// Adds the flags that [`from_matches`](RequestOptions::from_matches) reads.
+    pub fn add_flags(command: Command) -> Command {
+        let heading = "Whose the request is and when it is due";
+        let flag = |name: &'static str, value: &'static str, help: &'static str| {
+            Arg::new(name).long(name).value_name(value).help(help).help_heading(heading)
+        };
+        let due = |name, help| flag(name, "MS", help).value_parser(value_parser!(f64));
+        let priority = flag("priority", "N", "How urgent it is; the scheduler defines the range")
+            .value_parser(value_parser!(i32))
+            .allow_negative_numbers(true);
+        command
+            .arg(flag("tenant", "NAME", "Whom it is accounted to; weights are in [tenants]"))
+            .arg(priority)
+            .arg(flag("class", "N", "The class of application that it belongs to").value_parser(value_parser!(u32)))
+            .arg(due("ttft-ms", "Time until the first token is due"))
+            .arg(due("itl-ms", "Longest time between two tokens"))
+            .arg(due("deadline-ms", "Time until the last token is due"))
+    }
+
+    /// What the flags say.
+    pub fn from_matches(matches: &ArgMatches) -> RequestOptions {
+        let seconds = |name: &str| matches.get_one::<f64>(name).map_or(f64::INFINITY, |ms| ms * 1e-3);
+        RequestOptions {
+            tenant: matches.get_one::<String>("tenant").cloned(),
+            priority: matches.get_one("priority").copied(),
+            class: matches.get_one("class").copied().unwrap_or(0),
+            deadlines: Deadlines {
+                ttft_s: seconds("ttft-ms"),
+                itl_s: seconds("itl-ms"),
+                total_s: seconds("deadline-ms"),
+            },
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Tenants by name: the number that the engine accounts them under, and their weight.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, PoisonError};
+
+use setu_core::TenantId;
+use setu_core::config::Config;
+
+/// Whom requests are accounted to.
+#[derive(Config, Debug, Clone, PartialEq)]
+pub struct TenantsConfig {
+    /// Shares under contention by a tenant's name, 1 where none is given; `default` is whoever names no tenant.
+    #[config(default, above = 0.0, max = 1e6)]
+    pub weights: BTreeMap<String, f64>,
+}
+
+/// Gives names their numbers.
+#[derive(Debug)]
+pub struct Tenants {
+    config: TenantsConfig,
+    ids: Mutex<HashMap<String, TenantId>>,
+}
+
+/// The name of whoever names no tenant.
+const DEFAULT: &str = "default";
+
+impl Tenants {
+    pub fn new(config: TenantsConfig) -> Tenants {
+        Tenants { config, ids: Mutex::new(HashMap::from([(DEFAULT.to_owned(), TenantId(0))])) }
+    }
+
+    /// The tenant called `name`, or the one without name, and its weight. The same name always has the same id.
+    pub fn get(&self, name: Option<&str>) -> (TenantId, f64) {
+        let name = name.unwrap_or(DEFAULT);
+        let mut ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = TenantId(ids.len() as u32);
+        let id = *ids.entry(name.to_owned()).or_insert(next);
+        (id, self.config.weights.get(name).copied().unwrap_or(1.0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_keep_their_ids_and_have_their_weights() {
+        let weights = BTreeMap::from([("paying".to_owned(), 3.0), ("default".to_owned(), 0.5)]);
+        let tenants = Tenants::new(TenantsConfig { weights });
+        let asked = [None, Some("paying"), Some("other"), Some("default"), Some("paying")];
+        let expected = [(0, 0.5), (1, 3.0), (2, 1.0), (0, 0.5), (1, 3.0)];
+        assert_eq!(asked.map(|name| tenants.get(name)), expected.map(|(id, weight)| (TenantId(id), weight)));
+    }
+}
