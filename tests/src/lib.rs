@@ -2,8 +2,11 @@
 
 pub mod extensions;
 pub mod figures;
+pub mod fixtures;
 pub mod logs;
 pub mod models;
+pub mod parity;
 pub mod program;
 pub mod tiny_files;
 pub mod tiny_llama;
+pub mod twins;

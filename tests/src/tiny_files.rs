@@ -107,7 +107,8 @@ fn interleaved(matrix: &Matrix, heads: usize) -> Matrix {
     Matrix { data, ..*matrix }
 }
 
-fn gguf_name(name: &str) -> String {
+/// The name that GGUF files give a tensor of a Hugging Face checkpoint; experts are named without their number.
+pub(crate) fn gguf_name(name: &str) -> String {
     let parts = [
         ("model.embed_tokens", "token_embd"),
         ("model.norm", "output_norm"),
@@ -119,9 +120,18 @@ fn gguf_name(name: &str) -> String {
         ("self_attn.k_proj", "attn_k"),
         ("self_attn.v_proj", "attn_v"),
         ("self_attn.o_proj", "attn_output"),
+        ("self_attn.qkv_proj", "attn_qkv"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
+        // Gate and up in one.
+        ("mlp.gate_up_proj", "ffn_up"),
+        ("block_sparse_moe.gate", "ffn_gate_inp"),
+        ("block_sparse_moe.experts.w1", "ffn_gate_exps"),
+        ("block_sparse_moe.experts.w2", "ffn_down_exps"),
+        ("block_sparse_moe.experts.w3", "ffn_up_exps"),
     ];
     parts.iter().fold(name.to_owned(), |name, (hf, gguf)| name.replace(hf, gguf))
 }

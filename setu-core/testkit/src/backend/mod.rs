@@ -18,7 +18,7 @@ mod contract;
 mod graphs;
 mod models;
 mod ops;
-mod rig;
+pub mod rig;
 mod sampling;
 
 use std::fmt::{Display, Formatter};
@@ -134,7 +134,8 @@ pub fn assert_conforms(mut make: impl FnMut() -> Box<dyn Backend>) {
 }
 
 /// Why a check ended early.
-enum Stop {
+#[derive(Debug)]
+pub enum Stop {
     Failed(String),
     Unsupported(String),
 }
@@ -148,7 +149,7 @@ impl From<setu_core::Error> for Stop {
     }
 }
 
-type Checked<T = ()> = Result<T, Stop>;
+pub type Checked<T = ()> = Result<T, Stop>;
 
 fn fail<T>(why: impl Into<String>) -> Checked<T> {
     Err(Stop::Failed(why.into()))

@@ -60,6 +60,12 @@ impl<'a> Rig<'a> {
             options.kv_pages,
             info.kv_pages
         );
+        Ok(Rig::of(graph, exec, options))
+    }
+
+    /// Drives an executable that was compiled of `graph` with these options, and has as many pages as it says.
+    pub fn of(graph: &'a Graph, exec: Box<dyn Executable>, options: CompileOptions) -> Rig<'a> {
+        let info = exec.info();
         let mut rng = Rng::new(11);
         let pool = |&pages: &u32| {
             let mut pages: Vec<u32> = (0..pages).collect();
@@ -67,7 +73,7 @@ impl<'a> Rig<'a> {
             pages
         };
         let free = info.kv_pages.iter().map(pool).collect();
-        Ok(Rig { graph, exec, info, options, rng, free, number: 0 })
+        Rig { graph, exec, info, options, rng, free, number: 0 }
     }
 
     pub fn sequence(&self, tokens: Vec<u32>) -> Sequence {
