@@ -17,7 +17,7 @@ pub mod plugins;
 pub mod request;
 mod session;
 pub mod stats;
-mod step_time;
+pub mod step_time;
 pub mod text;
 pub mod trace;
 
