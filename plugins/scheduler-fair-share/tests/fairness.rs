@@ -1,0 +1,195 @@
+//! Sequences of steps on a small machine: the bound, that nothing lies idle, that nobody starves.
+
+mod machine;
+
+use std::collections::BTreeMap;
+
+use machine::{Machine, Request, Size};
+use setu_core::prelude::*;
+use setu_scheduler_fair_share::{FairShare, FairShareConfig};
+use setu_testkit::rng::Rng;
+
+const ROOMY: Size =
+    Size { tokens: 256, batch_tokens: 256, chunk_tokens: 128, places: 16, pages: 2000, steps_in_flight: 2 };
+
+fn config(quantum_tokens: u32) -> FairShareConfig {
+    FairShareConfig { quantum_tokens, queue_timeout_s: 0.0, ..FairShareConfig::default() }
+}
+
+fn fair(quantum_tokens: u32) -> FairShare {
+    FairShare::build(config(quantum_tokens)).unwrap()
+}
+
+/// How a tenant behaves.
+#[derive(Clone, Copy, Debug)]
+struct Habit {
+    weight: f64,
+    /// Sessions that it has at once at most.
+    at_once: usize,
+    /// Steps in 100 in which it adds one, if it has fewer.
+    eagerness: usize,
+    prompt: u32,
+    answer: u32,
+    shared: u32,
+}
+
+impl Habit {
+    const FLOOD: Habit = Habit { weight: 1.0, at_once: 60, eagerness: 100, prompt: 200, answer: 60, shared: 0 };
+
+    fn request(&self, tenant: u32, rng: &mut Rng) -> Request {
+        let mut about = |mean: u32| 1 + rng.below(2 * mean as usize) as u32;
+        let (prompt, answer) = (about(self.prompt) + self.shared, about(self.answer));
+        Request { tenant, weight: self.weight, prompt, answer, shared: self.shared }
+    }
+}
+
+/// What tenants were served, each over its weight, and the largest difference between two that waited.
+#[derive(Debug, Default)]
+struct Outcome {
+    served: BTreeMap<u32, f64>,
+    most_apart: f64,
+    tokens: u64,
+    preempted: u32,
+}
+
+/// Runs `habits`, tenants from 0, for `steps`.
+fn run(scheduler: &mut FairShare, size: Size, habits: &[Habit], steps: u32, rng: &mut Rng) -> Outcome {
+    let mut machine = Machine::new(scheduler, size);
+    machine.recording = true;
+    let mut outcome = Outcome::default();
+    // By pair: the least and the greatest difference since both wait.
+    let mut apart: BTreeMap<(u32, u32), (f64, f64)> = BTreeMap::new();
+    let mut live = Vec::new();
+    for step in 0..steps {
+        for (tenant, habit) in (0..).zip(habits) {
+            // Floods arrive at once, and go on.
+            let burst =
+                if habit.eagerness == 100 { habit.at_once } else { usize::from(rng.below(100) < habit.eagerness) };
+            for _ in 0..burst.min(habit.at_once.saturating_sub(machine.live(tenant))) {
+                live.push(machine.add(habit.request(tenant, rng)));
+            }
+        }
+        if rng.below(50) == 0 && !live.is_empty() {
+            machine.abort(live.swap_remove(rng.below(live.len())));
+        }
+        let before = machine.served.clone();
+        let happened = machine.step();
+        assert!(!happened.idle || happened.could_run == 0, "step {step}: {} could run, none did", happened.could_run);
+        outcome.tokens += u64::from(happened.tokens);
+        outcome.preempted += happened.preempted;
+        for one in 0..habits.len() as u32 {
+            for other in 0..one {
+                let difference =
+                    |served: &BTreeMap<u32, f64>| served.get(&one).unwrap_or(&0.0) - served.get(&other).unwrap_or(&0.0);
+                if happened.waits.contains(&one) && happened.waits.contains(&other) {
+                    let was = difference(&before);
+                    let (least, most) = apart.entry((one, other)).or_insert((was, was));
+                    let is = difference(&machine.served);
+                    (*least, *most) = (least.min(is), most.max(is));
+                    outcome.most_apart = outcome.most_apart.max(*most - *least);
+                } else {
+                    apart.remove(&(one, other));
+                }
+            }
+        }
+    }
+    outcome.served = machine.served.clone();
+    outcome
+}
+
+#[test]
+fn two_that_wait_are_served_alike_within_the_bound() {
+    let (mut tight, mut declared) = (0.0f64, 0);
+    for seed in 0..60 {
+        let rng = &mut Rng::new(seed);
+        let size = Size {
+            tokens: [64, 256, 512][rng.below(3)],
+            batch_tokens: [24, 512][rng.below(2)],
+            chunk_tokens: [32, 512][rng.below(2)],
+            places: [2, 8, 32][rng.below(3)],
+            pages: [60, 200, 2000][rng.below(3)],
+            steps_in_flight: 1 + rng.below(2),
+        };
+        let habit = |rng: &mut Rng| Habit {
+            weight: [0.5, 1.0, 2.0, 4.0][rng.below(4)],
+            at_once: [2, 10, 60][rng.below(3)],
+            eagerness: [5, 50, 100][rng.below(3)],
+            prompt: [10, 100, 400][rng.below(3)],
+            answer: [1, 10, 100][rng.below(3)],
+            shared: [0, 0, 128][rng.below(3)],
+        };
+        let habits: Vec<Habit> = (0..2 + rng.below(4)).map(|_| habit(rng)).collect();
+        let quantum = [128, 512, 2048][rng.below(3)];
+        let mut scheduler = fair(quantum);
+        // What a step is charged at most: its tokens, and a token generated by each session.
+        let least_weight = habits.iter().fold(1.0f64, |least, habit| least.min(habit.weight));
+        let step = f64::from(size.tokens + 2 * size.places.min(size.tokens)) / least_weight;
+        let bound = 4.0 * f64::from(quantum) + (2.0 * size.steps_in_flight as f64 + 1.0) * step;
+        if bound <= 6.0 * f64::from(quantum) {
+            assert_eq!(scheduler.properties().fair_within_tokens, Some(6.0 * f64::from(quantum)));
+            declared += 1;
+        }
+        let outcome = run(&mut scheduler, size, &habits, 1500, rng);
+        assert!(
+            outcome.most_apart <= bound,
+            "seed {seed}: {:.0} apart, the bound is {bound}: {size:?} {habits:#?}",
+            outcome.most_apart
+        );
+        tight = tight.max(outcome.most_apart / bound);
+    }
+    assert!(declared > 5, "the declared bound is among those that are held");
+    assert!(tight > 0.2, "the bound says something: the most that was seen is {tight:.2} of it");
+}
+
+#[test]
+fn who_floods_gets_no_more_than_by_weight() {
+    for (weights, quantum) in [([1.0, 1.0], 512), ([3.0, 1.0], 512), ([1.0, 4.0], 2048)] {
+        let modest = Habit { at_once: 20, weight: weights[1], answer: 20, ..Habit::FLOOD };
+        let flood = Habit { weight: weights[0], ..Habit::FLOOD };
+        let outcome = run(&mut fair(quantum), ROOMY, &[flood, modest], 3000, &mut Rng::new(7));
+        let apart = (outcome.served[&0] - outcome.served[&1]).abs();
+        assert!(apart <= 6.0 * f64::from(quantum), "{outcome:?}");
+        assert!(outcome.served[&0] > 10.0 * apart, "{outcome:?}");
+    }
+}
+
+#[test]
+fn everybody_gets_an_answer_and_the_modest_one_soon() {
+    let mut scheduler = fair(512);
+    let mut machine = Machine::new(&mut scheduler, ROOMY);
+    let rng = &mut Rng::new(5);
+    for _ in 0..300 {
+        machine.add(Habit::FLOOD.request(0, rng));
+    }
+    let mut finished = Vec::new();
+    (0..100).for_each(|_| finished.extend(machine.step().finished));
+    let before = finished.len();
+    let modest = machine.add(Request { tenant: 1, weight: 1.0, prompt: 100, answer: 10, shared: 0 });
+    (0..20_000).for_each(|_| finished.extend(machine.step().finished));
+    assert_eq!(finished.len(), 301);
+    let place = finished.iter().position(|&id| id == modest).unwrap() - before;
+    assert!(place < 20, "{place} of those that came before it were done first");
+}
+
+#[test]
+fn a_tenant_whose_prefixes_are_cached_gets_no_more_than_another() {
+    // Its sessions would go first for ever if the longest prefix were all that counted.
+    let size = Size { places: 4, ..ROOMY };
+    let shares = Habit { shared: 512, prompt: 20, answer: 4, ..Habit::FLOOD };
+    let other = Habit { prompt: 500, answer: 4, ..Habit::FLOOD };
+    let outcome = run(&mut fair(512), size, &[shares, other], 2000, &mut Rng::new(9));
+    let apart = (outcome.served[&0] - outcome.served[&1]).abs();
+    assert!(apart <= 6.0 * 512.0, "{outcome:?}");
+}
+
+#[test]
+fn fairness_leaves_no_step_empty() {
+    // Tokens served with two floods, in comparison with one that has the machine for itself.
+    for size in [ROOMY, Size { pages: 300, ..ROOMY }, Size { places: 4, ..ROOMY }] {
+        let tokens = |habits: &[Habit]| run(&mut fair(1024), size, habits, 2000, &mut Rng::new(3)).tokens as f64;
+        let alone = tokens(&[Habit::FLOOD]);
+        for habits in [[Habit::FLOOD, Habit::FLOOD], [Habit::FLOOD, Habit { weight: 3.0, ..Habit::FLOOD }]] {
+            assert!(tokens(&habits) > 0.9 * alone, "{size:?} {habits:?}: {} of {alone}", tokens(&habits));
+        }
+    }
+}
