@@ -7,12 +7,17 @@
 //! - [`plain`]: the reference as a backend that checks what an engine does with pages, for its tests;
 //! - [`steps`]: steps as owned data.
 
+pub mod arena;
 pub mod backend;
+pub mod batcher;
 pub mod blocks;
 pub mod checkpoints;
 pub mod plain;
+pub mod policy;
 pub mod reference;
+pub mod report;
 pub mod rng;
+pub mod scheduler;
 pub mod steps;
 pub mod views;
 pub mod weights;

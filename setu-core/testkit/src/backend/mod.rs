@@ -21,10 +21,13 @@ mod ops;
 pub mod rig;
 mod sampling;
 
-use std::fmt::{Display, Formatter};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use setu_core::{Backend, DType};
 
-use setu_core::{Backend, DType, ErrorKind};
+pub use crate::report::{Check, Checked, Outcome, Report, Stop};
+use crate::report::{Recorder, caught};
+pub(crate) use crate::report::{ensure, fail};
+use crate::weights::WeightSet;
+use rig::Rig;
 
 /// How closely and how completely a backend must conform.
 #[derive(Clone, Debug)]
@@ -63,65 +66,17 @@ impl Options {
     }
 }
 
-/// What became of each check.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    pub checks: Vec<Check>,
-}
-
-/// A check that was run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Check {
-    /// Path such as `ops/linear/Q4_K`.
-    pub name: String,
-    pub outcome: Outcome,
-}
-
-/// How a check ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    Passed,
-    /// What was found and what should have been.
-    Failed(String),
-    /// The backend doesn't provide what the check is about, and says so in these words.
-    Unsupported(String),
-}
-
-impl Report {
-    pub fn passed(&self) -> bool {
-        !self.checks.iter().any(|check| matches!(check.outcome, Outcome::Failed(_)))
-    }
-}
-
-/// Everything that didn't pass, then the count.
-impl Display for Report {
-    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
-        let mut counts = [0; 3];
-        for check in &self.checks {
-            match &check.outcome {
-                Outcome::Passed => counts[0] += 1,
-                Outcome::Failed(why) => {
-                    counts[1] += 1;
-                    writeln!(f, "FAILED {}: {why}", check.name)?;
-                }
-                Outcome::Unsupported(why) => {
-                    counts[2] += 1;
-                    writeln!(f, "unsupported {}: {why}", check.name)?;
-                }
-            }
-        }
-        write!(f, "{} passed, {} failed, {} unsupported", counts[0], counts[1], counts[2])
-    }
-}
-
 /// Runs all checks, each on backends of its own.
 pub fn conformance(make: &mut dyn FnMut() -> Box<dyn Backend>, options: &Options) -> Report {
-    let mut suite = Suite { make, options, report: Report::default() };
+    let virtual_time = caught(|| is_virtual(&mut *make())).is_ok_and(|answer| answer.unwrap_or(false));
+    let mut recorder = Recorder::new(options.only.as_deref());
+    recorder.allow_unsupported = options.allow_unsupported;
+    let mut suite = Suite { make, options, recorder, virtual_time };
     contract::check(&mut suite);
     ops::check(&mut suite);
     models::check(&mut suite);
     sampling::check(&mut suite);
-    suite.report
+    suite.recorder.report
 }
 
 /// Runs all checks of the default options.
@@ -133,61 +88,34 @@ pub fn assert_conforms(mut make: impl FnMut() -> Box<dyn Backend>) {
     assert!(report.passed(), "the backend doesn't conform\n{report}");
 }
 
-/// Why a check ended early.
-#[derive(Debug)]
-pub enum Stop {
-    Failed(String),
-    Unsupported(String),
-}
-
-impl From<setu_core::Error> for Stop {
-    fn from(error: setu_core::Error) -> Stop {
-        match error.kind() {
-            ErrorKind::Unsupported => Stop::Unsupported(error.to_string()),
-            _ => Stop::Failed(error.to_string()),
-        }
-    }
-}
-
-pub type Checked<T = ()> = Result<T, Stop>;
-
-fn fail<T>(why: impl Into<String>) -> Checked<T> {
-    Err(Stop::Failed(why.into()))
-}
-
-macro_rules! ensure {
-    ($holds:expr, $($message:tt)*) => {
-        if !$holds {
-            return $crate::backend::fail(format!($($message)*));
-        }
-    };
-}
-use ensure;
-
 struct Suite<'a> {
     make: &'a mut dyn FnMut() -> Box<dyn Backend>,
     options: &'a Options,
-    report: Report,
+    recorder: Recorder<'a>,
+    /// Whether its steps execute nothing, so that there are no numbers to look at.
+    virtual_time: bool,
 }
 
 impl Suite<'_> {
     /// Runs one check on a fresh backend; a panic is a failure of that check.
     fn check(&mut self, name: impl Into<String>, run: impl FnOnce(&mut dyn Backend, &Options) -> Checked) {
-        let name = name.into();
-        if self.options.only.as_ref().is_some_and(|only| !name.contains(only.as_str())) {
-            return;
-        }
-        let checked = catch_unwind(AssertUnwindSafe(|| run(&mut *(self.make)(), self.options)));
-        let outcome = match checked {
-            Ok(Ok(())) => Outcome::Passed,
-            Ok(Err(Stop::Unsupported(why))) if self.options.allow_unsupported => Outcome::Unsupported(why),
-            Ok(Err(Stop::Failed(why) | Stop::Unsupported(why))) => Outcome::Failed(why),
-            Err(panic) => {
-                let text = panic.downcast_ref::<String>().map(String::as_str);
-                let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("with no message");
-                Outcome::Failed(format!("panicked: {text}"))
-            }
-        };
-        self.report.checks.push(Check { name, outcome });
+        self.recorder.check(name, || run(&mut *(self.make)(), self.options));
     }
+
+    /// As [`check`](Suite::check), for what only the numbers that a step computes can tell.
+    fn numeric(&mut self, name: impl Into<String>, run: impl FnOnce(&mut dyn Backend, &Options) -> Checked) {
+        if self.virtual_time {
+            self.recorder.not_tested(name, "its time is virtual: steps execute nothing");
+        } else {
+            self.check(name, run);
+        }
+    }
+}
+
+/// Whether the backend says of an executable that its steps take no real time. One that compiles nothing is held to
+/// all checks, which then say so.
+fn is_virtual(backend: &mut dyn Backend) -> Checked<bool> {
+    let graph = graphs::llama(graphs::SMALL, true)?;
+    let weights = WeightSet::random(&graph, DType::F32, 1);
+    Ok(Rig::new(backend, &graph, &weights, rig::options())?.info.virtual_time)
 }

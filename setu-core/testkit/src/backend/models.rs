@@ -20,22 +20,25 @@ const MODELS: [Model; 3] = [
 
 pub fn check(suite: &mut Suite<'_>) {
     for (name, graph) in MODELS {
-        suite.check(format!("models/{name}/ragged steps"), |backend, options| ragged(backend, options, &graph()?));
-        suite.check(format!("models/{name}/page copies"), |backend, options| copies(backend, options, &graph()?));
-        suite.check(format!("models/{name}/batch invariance"), |backend, _| invariance(backend, &graph()?, DType::F32));
-        suite
-            .check(format!("models/{name}/a NaN stays in its sequence"), |backend, _| not_a_number(backend, &graph()?));
+        suite.numeric(format!("models/{name}/ragged steps"), |backend, options| ragged(backend, options, &graph()?));
+        suite.numeric(format!("models/{name}/page copies"), |backend, options| copies(backend, options, &graph()?));
+        suite.numeric(format!("models/{name}/batch invariance"), |backend, _| {
+            invariance(backend, &graph()?, DType::F32)
+        });
+        suite.numeric(format!("models/{name}/a NaN stays in its sequence"), |backend, _| {
+            not_a_number(backend, &graph()?)
+        });
     }
     for dtype in DType::ALL {
-        suite.check(format!("models/weights in {dtype}"), |backend, options| {
+        suite.numeric(format!("models/weights in {dtype}"), |backend, options| {
             quantized(backend, options, &graphs::llama(BLOCKS, true)?, dtype)?;
             quantized(backend, options, &graphs::experts(BLOCKS, 4, 2)?, dtype)
         });
-        suite.check(format!("models/batch invariance in {dtype}"), |backend, _| {
+        suite.numeric(format!("models/batch invariance in {dtype}"), |backend, _| {
             invariance(backend, &graphs::llama(BLOCKS, true)?, dtype)
         });
     }
-    suite.check("models/unaligned weights", |backend, _| unaligned(backend));
+    suite.numeric("models/unaligned weights", |backend, _| unaligned(backend));
 }
 
 fn ragged(backend: &mut dyn Backend, checks: &Options, graph: &Graph) -> Checked {

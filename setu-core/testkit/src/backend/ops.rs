@@ -21,7 +21,7 @@ const WIDTHS: [u32; 6] = [1, 3, 8, 31, 64, 130];
 
 pub fn check(suite: &mut Suite<'_>) {
     for dtype in DType::ALL {
-        suite.check(format!("ops/embed/{dtype}"), |backend, options| {
+        suite.numeric(format!("ops/embed/{dtype}"), |backend, options| {
             for blocks in [1, 3] {
                 let cols = width(dtype, blocks);
                 let graph = behind_identity(cols, |ops| {
@@ -33,10 +33,10 @@ pub fn check(suite: &mut Suite<'_>) {
             }
             Ok(())
         });
-        suite.check(format!("ops/linear/{dtype}"), |backend, options| linear(backend, options, dtype));
-        suite.check(format!("ops/experts/{dtype}"), |backend, options| experts(backend, options, dtype));
+        suite.numeric(format!("ops/linear/{dtype}"), |backend, options| linear(backend, options, dtype));
+        suite.numeric(format!("ops/experts/{dtype}"), |backend, options| experts(backend, options, dtype));
     }
-    suite.check("ops/rms_norm", |backend, options| {
+    suite.numeric("ops/rms_norm", |backend, options| {
         for (cols, group, offset) in
             [(1, 0, 0.0), (7, 0, 0.0), (64, 0, 1.0), (130, 0, 0.0), (60, 20, 0.0), (66, 3, 1.0)]
         {
@@ -49,7 +49,7 @@ pub fn check(suite: &mut Suite<'_>) {
         }
         Ok(())
     });
-    suite.check("ops/layer_norm", |backend, options| {
+    suite.numeric("ops/layer_norm", |backend, options| {
         for (cols, biased) in [(2, true), (7, false), (64, true), (130, false)] {
             let graph = behind_identity(cols, |ops| {
                 let x = ops.input(cols)?;
@@ -61,20 +61,20 @@ pub fn check(suite: &mut Suite<'_>) {
         }
         Ok(())
     });
-    suite.check("ops/rope", rope);
+    suite.numeric("ops/rope", rope);
     for kind in ACTIVATIONS {
-        suite.check(format!("ops/activation/{kind:?}"), |backend, options| {
+        suite.numeric(format!("ops/activation/{kind:?}"), |backend, options| {
             elementwise(backend, options, |_| Op::Activation { kind }, 1)
         });
-        suite.check(format!("ops/gated/{kind:?}"), |backend, options| {
+        suite.numeric(format!("ops/gated/{kind:?}"), |backend, options| {
             elementwise(backend, options, |_| Op::Gated { kind }, 2)
         });
     }
-    suite.check("ops/add", |backend, options| elementwise(backend, options, |_| Op::Add, 2));
-    suite.check("ops/mul", |backend, options| elementwise(backend, options, |_| Op::Mul, 2));
-    suite.check("ops/scale", |backend, options| elementwise(backend, options, |_| Op::Scale { by: -2.5 }, 1));
-    suite.check("ops/softcap", |backend, options| elementwise(backend, options, |_| Op::Softcap { cap: 0.7 }, 1));
-    suite.check("ops/slice", |backend, options| {
+    suite.numeric("ops/add", |backend, options| elementwise(backend, options, |_| Op::Add, 2));
+    suite.numeric("ops/mul", |backend, options| elementwise(backend, options, |_| Op::Mul, 2));
+    suite.numeric("ops/scale", |backend, options| elementwise(backend, options, |_| Op::Scale { by: -2.5 }, 1));
+    suite.numeric("ops/softcap", |backend, options| elementwise(backend, options, |_| Op::Softcap { cap: 0.7 }, 1));
+    suite.numeric("ops/slice", |backend, options| {
         for (cols, start, kept) in [(130, 0, 1), (130, 129, 1), (64, 3, 50), (7, 0, 7)] {
             let graph = behind_identity(kept, |ops| {
                 let x = ops.input(cols)?;
@@ -85,7 +85,7 @@ pub fn check(suite: &mut Suite<'_>) {
         Ok(())
     });
     for scoring in [Scoring::Softmax, Scoring::Sigmoid] {
-        suite.check(format!("ops/route/{scoring:?}"), |backend, options| {
+        suite.numeric(format!("ops/route/{scoring:?}"), |backend, options| {
             for (experts, top_k, renormalize, scale) in
                 [(1, 1, false, 1.0), (5, 2, true, 1.0), (33, 4, false, 2.5), (64, 64, true, 1.0), (130, 8, true, 1.0)]
             {
@@ -100,7 +100,7 @@ pub fn check(suite: &mut Suite<'_>) {
     }
     for kv_dtype in [DType::F32, DType::F16, DType::BF16] {
         for page_tokens in [16, 8] {
-            suite.check(format!("ops/attention/{kv_dtype} in pages of {page_tokens}"), |backend, options| {
+            suite.numeric(format!("ops/attention/{kv_dtype} in pages of {page_tokens}"), |backend, options| {
                 attention(backend, options, kv_dtype, page_tokens)
             });
         }

@@ -16,13 +16,13 @@ use crate::steps::{SlotData, StepData};
 use crate::weights::WeightSet;
 
 pub fn check(suite: &mut Suite<'_>) {
-    suite.check("sampling/greedy with log-probabilities, scores and top tokens", logprobs);
-    suite.check("sampling/parameters", parameters);
-    suite.check("sampling/reopened slots", reopened);
-    suite.check("sampling/same seed, same tokens", same_seed);
-    suite.check("sampling/carried tokens", carried);
-    suite.check("sampling/masks", masks);
-    suite.check("sampling/no token where a logit is NaN", not_a_number);
+    suite.numeric("sampling/greedy with log-probabilities, scores and top tokens", logprobs);
+    suite.numeric("sampling/parameters", parameters);
+    suite.numeric("sampling/reopened slots", reopened);
+    suite.numeric("sampling/same seed, same tokens", same_seed);
+    suite.numeric("sampling/carried tokens", carried);
+    suite.numeric("sampling/masks", masks);
+    suite.numeric("sampling/no token where a logit is NaN", not_a_number);
 }
 
 fn model() -> Checked<(Graph, WeightSet)> {
