@@ -54,6 +54,7 @@ pub(super) fn shape(text: &str) -> impl Iterator<Item = char> {
 /// A duration for people.
 pub(super) fn time(seconds: f64) -> String {
     match seconds.abs() {
+        0.0 => "0 ms".to_owned(),
         short if short < 1e-3 => format!("{:.2} ms", seconds * 1e3),
         short if short < 10.0 => format!("{:.1} ms", seconds * 1e3),
         _ => format!("{seconds:.2} s"),
@@ -97,7 +98,7 @@ mod tests {
 
     #[test]
     fn durations_read_well() {
-        let cases = [(0.0, "0.00 ms"), (4.2e-5, "0.04 ms"), (0.0081, "8.1 ms"), (9.9, "9900.0 ms"), (75.5, "75.50 s")];
+        let cases = [(0.0, "0 ms"), (4.2e-5, "0.04 ms"), (0.0081, "8.1 ms"), (9.9, "9900.0 ms"), (75.5, "75.50 s")];
         for (seconds, text) in cases {
             assert_eq!(time(seconds), text);
         }

@@ -26,7 +26,7 @@ impl Display for Story {
         }
         let left_out = FIRST_CHAPTERS..self.chapters.len().saturating_sub(LAST_CHAPTERS);
         for (number, chapter) in self.chapters.iter().enumerate() {
-            let start_s = start_s(chapter);
+            let start_s = chapter.from_s();
             if let Some(first_s) = self.first_token_s.filter(|&first_s| !told_first_token && first_s <= start_s) {
                 told_first_token = true;
                 self.first_token(f, first_s)?;
@@ -145,8 +145,11 @@ impl Story {
         if run.took_s.count() > 0 {
             text.push_str(&format!(" of {}", time(run.took_s.quantile(0.5))));
             let mut notes = Vec::new();
-            if run.took_s.count() > 1 {
-                notes.push(format!("p99 {}", time(run.took_s.quantile(0.99))));
+            match run.took_s.count() {
+                1 => {}
+                // With fewer the p99 would be the longest under another name.
+                2..100 => notes.push(format!("at most {}", time(run.took_s.quantile(1.0)))),
+                _ => notes.push(format!("p99 {}", time(run.took_s.quantile(0.99)))),
             }
             if run.predicted_s > 0.0 {
                 notes.push(format!("predicted {}", time(run.predicted_s)));
@@ -285,16 +288,6 @@ fn request(added: &Added) -> String {
         text.push_str(&format!("; {what} {}", time(limit_s)));
     }
     text
-}
-
-fn start_s(chapter: &Chapter) -> f64 {
-    match chapter {
-        Chapter::Waited(waiting) => waiting.from_s,
-        Chapter::Ran(run) => run.from_s,
-        Chapter::Preempted(preempted) => preempted.time_s,
-        Chapter::Fault(fault) => fault.time_s,
-        Chapter::Swapped(swapped) => swapped.time_s,
-    }
 }
 
 fn reason(reason: &str) -> String {

@@ -47,6 +47,19 @@ pub enum Chapter {
     Swapped(Swapped),
 }
 
+impl Chapter {
+    /// When it begins.
+    pub fn from_s(&self) -> f64 {
+        match self {
+            Chapter::Waited(waiting) => waiting.from_s,
+            Chapter::Ran(run) => run.from_s,
+            Chapter::Preempted(preempted) => preempted.time_s,
+            Chapter::Fault(fault) => fault.time_s,
+            Chapter::Swapped(swapped) => swapped.time_s,
+        }
+    }
+}
+
 /// Steps that held nothing of the session.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Waiting {
@@ -213,6 +226,8 @@ impl Teller {
         let now_s = self.story.until_s;
         self.end_wait(now_s, self.step.saturating_add(1));
         self.tell_waiting();
+        // A wait is told once it is over, what happened meanwhile at once.
+        self.story.chapters.sort_by(|one, other| one.from_s().total_cmp(&other.from_s()));
         self.seen.then_some(self.story)
     }
 

@@ -258,7 +258,8 @@ fn sim_settings(model: &StepTimeModel) -> [(&'static str, f64); 5] {
     // Digits beyond these are noise.
     let rounded = |value: f64| format!("{value:.4e}").parse().unwrap_or(value);
     [
-        ("base_us", rounded(model.base_s * 1e6)),
+        // A step of no time at all is none that the simulator takes.
+        ("base_us", rounded(model.base_s * 1e6).max(1e-3)),
         ("prefill_token_us", rounded(model.prefill_token_s * 1e6)),
         ("decode_us", rounded(model.decode_s * 1e6)),
         ("prefill_context_ns", rounded(model.prefill_context_s * 1e9)),

@@ -11,7 +11,7 @@ use setu_core::view::StepView;
 use setu_core::{Error, ErrorKind, Result};
 use setu_engine::FinishReason;
 use setu_engine::core::Turn;
-use setu_engine::trace::StepTrace;
+use setu_engine::trace::Record;
 use setu_testkit::rng::Rng;
 
 use crate::rig::{Ask, Rig, Setup, VOCAB, full, windowed};
@@ -337,8 +337,8 @@ fn a_step_behind_another_is_timed_from_the_end_of_that() {
         clock.set(rig.clock.clone()).unwrap();
         let (sender, took) = std::sync::mpsc::channel();
         rig.core.set_tracer(Some(Box::new(move |entry| {
-            if let StepTrace::Finished { took_s, .. } = entry {
-                sender.send(*took_s).unwrap();
+            if let Record::Finished(step) = entry {
+                sender.send(step.took_s).unwrap();
             }
         })));
         rig.add(&ask(1));

@@ -9,7 +9,6 @@ use setu_core::scheduler::{Decisions, Scheduler};
 use setu_core::view::StepView;
 use setu_core::{ErrorKind, Result};
 use setu_engine::core::Turn;
-use setu_engine::trace::StepTrace;
 use setu_engine::{Engine, Event, FinishReason, Health, Request, SamplingParams, Session};
 use setu_testkit::rng::Rng;
 
@@ -272,51 +271,6 @@ fn every_choice_has_a_seed_of_its_own_that_gives_its_answer_again() {
         seeds.dedup();
         assert_eq!(seeds.len(), 6);
     });
-}
-
-#[test]
-fn the_record_tells_what_each_step_held_and_why() {
-    let record: Arc<Mutex<Vec<StepTrace>>> = Arc::default();
-    // The second prompt doesn't fit beside the first.
-    let mut rig = Rig::new(&full(), &Setup { chunk: 8, pages: vec![9; 2], ..Setup::default() });
-    let sink = record.clone();
-    rig.core.set_tracer(Some(Box::new(move |entry| sink.lock().unwrap().push(entry.clone()))));
-    let ask =
-        |seed| Ask::new(&Rng::new(seed).tokens(20, VOCAB), 5).sampled(seed).with(|params| params.ignore_eos = true);
-    let ids = [rig.add(&ask(1))[0], rig.add(&ask(2))[0]];
-    rig.run();
-    rig.core.set_tracer(None);
-    let silent = rig.add(&ask(3));
-    rig.run();
-    rig.check(&ask(3), &silent, "without a record");
-    let record = record.lock().unwrap();
-    let StepTrace::Submitted { step, decisions, chunks, free_pages, .. } = &record[0] else {
-        panic!("{:?}", record[0])
-    };
-    assert_eq!((*step, free_pages.as_slice()), (1, &[9][..]));
-    let decision = |at: usize| (decisions[at].session.as_str(), decisions[at].verdict, decisions[at].reason.as_str());
-    assert_eq!(decision(0), ("session_00000001", "run", ""));
-    assert_eq!(decision(1), ("session_00000002", "wait", "its prompt needs more pages than are left"));
-    assert_eq!((chunks.len(), chunks[0].tokens, chunks[0].prompt_tokens), (1, 8, 8));
-    let (mut computed, mut steps, mut finished) = ([0, 0], Vec::new(), Vec::new());
-    for entry in record.iter() {
-        match entry {
-            StepTrace::Submitted { step, chunks, .. } => {
-                steps.push(*step);
-                for chunk in chunks {
-                    let at = ids.iter().position(|id| id.to_string() == chunk.session).unwrap();
-                    computed[at] += chunk.tokens;
-                }
-            }
-            StepTrace::Finished { step, took_s, prefill_tokens, decodes, .. } => {
-                assert!(*took_s >= 0.0 && prefill_tokens + decodes > 0);
-                finished.push(*step);
-            }
-        }
-    }
-    assert_eq!(computed, [24, 24]);
-    assert_eq!(steps, finished);
-    assert!(serde_json::to_string(&record[0]).unwrap().starts_with(r#"{"event":"submitted","time_s":"#));
 }
 
 #[test]

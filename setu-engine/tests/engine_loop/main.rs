@@ -7,4 +7,5 @@ mod pages;
 mod policies;
 mod rig;
 mod tokens;
+mod trace;
 mod windows;
