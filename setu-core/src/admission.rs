@@ -7,10 +7,12 @@
 //! [`Room`] is for policies in which whoever runs goes on; [`ranked`] for those in which a session may take
 //! the pages or the place of another.
 
+pub mod queue;
 pub mod ranked;
 
 use std::fmt;
 
+use crate::scheduler::Decisions;
 use crate::view::{KvGroupView, SessionView, StepView};
 
 /// Pages that are left for the sessions not looked at yet. Kept between steps for its memory.
@@ -67,8 +69,8 @@ impl Room {
         }
     }
 
-    /// Adds the pages that preempting `session` frees, times `sign`.
-    fn change_by_held(&mut self, view: &StepView<'_>, session: &SessionView, sign: i64) {
+    /// Adds the pages that preempting `session` frees, times `sign`, so that -1 takes back what 1 added.
+    pub fn change_by_held(&mut self, view: &StepView<'_>, session: &SessionView, sign: i64) {
         let in_all: u64 = view.kv_groups.iter().map(|group| pages_used(view, group, session)).sum();
         let alone = u64::from(session.pages_held.saturating_sub(session.pages_shared));
         for (group, left) in view.kv_groups.iter().zip(&mut self.left) {
@@ -77,6 +79,23 @@ impl Room {
             *left = left.saturating_add(sign * i64::try_from(freed).unwrap_or(i64::MAX));
         }
     }
+}
+
+/// Rejects `session` if it has waited for `timeout_s` without ever running, and asks to be called when it will
+/// have; 0 is no limit. Tells whether it did.
+pub fn expired(view: &StepView<'_>, session: &SessionView, timeout_s: f64, decisions: &mut Decisions<'_>) -> bool {
+    if timeout_s == 0.0 || session.has_run() {
+        return false;
+    }
+    let expires_s = session.arrival_s + timeout_s;
+    if expires_s > view.now_s {
+        decisions.wake_at(expires_s);
+        return false;
+    }
+    let waited_s = session.waited_s(view.now_s);
+    let reason = format!("waited {waited_s:.1} s without running; the scheduler's queue_timeout_s is {timeout_s} s");
+    decisions.reject(session.id, &reason, None);
+    true
 }
 
 /// What a session lacks; the text is a reason.
@@ -127,7 +146,12 @@ mod tests {
     use crate::view::{Budgets, StepOutcome, StepTimeModel};
 
     fn session(len: u32, scheduled: u32, pages_held: u32, pages_shared: u32) -> SessionView {
-        SessionView { len_tokens: len, scheduled_tokens: scheduled, pages_held, pages_shared, ..SessionView::default() }
+        let mut session = SessionView::default();
+        session.len_tokens = len;
+        session.scheduled_tokens = scheduled;
+        session.pages_held = pages_held;
+        session.pages_shared = pages_shared;
+        session
     }
 
     /// Calls `check` with a room over `groups`.
