@@ -1,6 +1,8 @@
 //! What an author needs to test a component, and to hold it to the contract, without the engine.
 //!
-//! - [`backend`]: a conformance suite for backends;
+//! - [`scheduler`], [`batcher`], [`model`], [`backend`]: a conformance suite for each kind, whose findings are a
+//!   [`report::Report`];
+//! - [`arena`]: the small engine in which the suites run policies; [`policy`]: how completely they do;
 //! - [`views`]: step views for tests of schedulers and batchers, and their decisions as plain data;
 //! - [`mod@reference`]: what a graph means, in f64, with tensors of every format from [`blocks`] and [`weights`];
 //! - [`checkpoints`]: small checkpoints in both formats, for tests of models;
@@ -12,6 +14,7 @@ pub mod backend;
 pub mod batcher;
 pub mod blocks;
 pub mod checkpoints;
+pub mod model;
 pub mod plain;
 pub mod policy;
 pub mod reference;
