@@ -64,6 +64,8 @@ pub(crate) struct Standing {
     pub pages: u64,
     /// By quanta; who is behind has a lower one.
     pub level: u32,
+    /// Place of the counter inside its quantum, as a fraction of 2^32.
+    pub fraction: u32,
     /// Charge that it may yet be given in this step.
     pub allowance: f64,
     /// Of this, kept for its sessions that decode.
@@ -259,14 +261,10 @@ impl Accounts {
             let account = &mut self.accounts[index as usize];
             let allowance = (rival + most_ahead - account.now.counter) * account.weight;
             account.now.allowance = if allowance >= step_charge { f64::INFINITY } else { allowance };
-            account.now.level = ((account.now.counter / self.quantum).floor() - base + 1.0).max(0.0) as u32;
+            let quanta = account.now.counter / self.quantum;
+            account.now.level = (quanta.floor() - base + 1.0).max(0.0) as u32;
+            account.now.fraction = ((quanta - quanta.floor()) * 2f64.powi(32)) as u32;
         }
-    }
-
-    /// Place of a counter inside its quantum, as a fraction of 2^32.
-    pub fn fraction(&self, account: usize) -> u32 {
-        let quanta = self.accounts[account].now.counter / self.quantum;
-        ((quanta - quanta.floor()) * 2f64.powi(32)) as u32
     }
 
     /// Lets go of tenants without sessions that aren't ahead of anybody, and of all of those if they are many.

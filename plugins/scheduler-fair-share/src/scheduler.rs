@@ -16,6 +16,9 @@ use crate::accounts::Accounts;
 use crate::config::FairShareConfig;
 use crate::memory::{Memory, Seen};
 
+/// Sessions without pages that a step looks at, the first of their order, if its places are few.
+const LEAST_LOOKED_AT: usize = 256;
+
 /// See the [module](self).
 #[derive(Debug)]
 pub struct FairShare {
@@ -27,6 +30,8 @@ pub struct FairShare {
     rows: Vec<Row>,
     /// Sessions that can run, by [`rank`].
     order: Vec<u128>,
+    /// Of these, those without pages.
+    queue: Vec<u128>,
     /// Those that are to be preempted for the session looked at.
     victims: Vec<u32>,
 }
@@ -37,6 +42,8 @@ struct Row {
     account: u32,
     /// Tokens that it could compute; 0 if it can't run.
     demand: u32,
+    /// Cached tokens that it would share, or more than any if it was passed over for too long.
+    prefix: u32,
     /// It holds pages.
     holds: bool,
     preempted: bool,
@@ -81,6 +88,7 @@ impl Component for FairShare {
             room: Room::default(),
             rows: Vec::new(),
             order: Vec::new(),
+            queue: Vec::new(),
             victims: Vec::new(),
         })
     }
@@ -91,7 +99,7 @@ impl Scheduler for FairShare {
         self.accounts.open();
         let places = self.look(view, decisions);
         self.accounts.close(self.step_charge(view));
-        self.sort(view);
+        self.sort(view, decisions);
         let mut walk = Walk {
             places: view.session_budget.saturating_sub(places.held + places.returning),
             blocked: None,
@@ -150,11 +158,9 @@ impl FairShare {
             let held = session.state() == SessionState::Held;
             let can_run = !held && !lost && !expired(view, session, self.config.queue_timeout_s, decisions);
             let demand = if can_run { demand(session) } else { 0 };
-            let charge = match self.memory.get(session.handle, session.id) {
-                // Its columns were reset, the step goes on.
-                Some(before) if lost => before.in_flight,
-                _ => self.charge_in_flight(session),
-            };
+            // Where its columns were reset, the step goes on.
+            let lost_charge = if lost { self.memory.get(session.handle, session.id) } else { None };
+            let charge = lost_charge.map_or_else(|| self.charge_in_flight(session), |before| before.in_flight);
             let seen = Seen {
                 scheduled_tokens: session.scheduled_tokens,
                 context_tokens: session.context_tokens(),
@@ -172,7 +178,9 @@ impl FairShare {
             standing.newcomer |= before.is_none();
             places.held += u32::from(holds);
             places.returning += u32::from(lost);
-            self.rows.push(Row { account: account as u32, demand, holds, preempted: false });
+            let impatient = view.now_s - session.arrival_s > self.config.patience_s;
+            let prefix = if impatient { u32::MAX } else { session.cached_ahead() };
+            self.rows.push(Row { account: account as u32, demand, prefix, holds, preempted: false });
             let Some(before) = before.filter(|before| before.demand > 0) else { continue };
             if session.scheduled_tokens <= before.scheduled_tokens {
                 standing.passed_over |= demand > 0;
@@ -226,28 +234,36 @@ impl FairShare {
             + f64::from(sampled) * charges.generated
     }
 
-    fn sort(&mut self, view: &StepView<'_>) {
+    /// Puts those that can run in order; of those without pages only as many as could ever get any.
+    fn sort(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) {
         self.order.clear();
-        for (index, session) in view.sessions.iter().enumerate() {
-            let Row { account, demand, holds, .. } = self.rows[index];
+        self.queue.clear();
+        for (index, &Row { account, demand, prefix, holds, .. }) in self.rows.iter().enumerate() {
             if demand == 0 {
                 continue;
             }
-            let account = account as usize;
-            let impatient = !holds && view.now_s - session.arrival_s > self.config.patience_s;
-            let prefix = match () {
-                () if holds => 0,
-                () if impatient => u32::MAX,
-                () => session.cached_ahead(),
-            };
-            let level = self.accounts.get(account).now.level;
-            let fraction = self.accounts.fraction(account);
-            self.order.push(rank(level, holds, prefix, fraction, index));
-            if holds && demand == 1 {
-                let charge = self.charge(session, 1);
-                self.accounts.now(account).decodes_due += charge;
+            let standing = &self.accounts.get(account as usize).now;
+            let rank = rank(standing.level, holds, prefix, standing.fraction, index);
+            if !holds {
+                self.queue.push(rank);
+                continue;
+            }
+            self.order.push(rank);
+            if demand == 1 {
+                let charge = self.charge(&view.sessions[index], 1);
+                self.accounts.now(account as usize).decodes_due += charge;
             }
         }
+        let most = (view.session_budget as usize).saturating_mul(4).max(LEAST_LOOKED_AT);
+        if self.queue.len() > most {
+            self.queue.select_nth_unstable(most);
+            if decisions.is_recording() {
+                let reason = format!("behind {most} others that wait");
+                self.queue[most..].iter().for_each(|&rank| decisions.wait(view.sessions[index_of(rank)].id, &reason));
+            }
+            self.queue.truncate(most);
+        }
+        self.order.extend(&self.queue);
         self.order.sort_unstable();
     }
 
@@ -256,7 +272,9 @@ impl FairShare {
         let index = index_of(self.order[position]);
         let Row { account, holds, preempted, .. } = self.rows[index];
         let account = account as usize;
-        if preempted || (!holds && self.accounts.get(account).now.blocked && !decisions.is_recording()) {
+        let full = walk.places == 0 && walk.attempts == 0 && (walk.named > 0 || walk.first.is_some());
+        let hopeless = !holds && (full || self.accounts.get(account).now.blocked);
+        if preempted || (hopeless && !decisions.is_recording()) {
             return;
         }
         let session = &view.sessions[index];
@@ -346,7 +364,8 @@ fn demand(session: &SessionView) -> u32 {
 fn rank(level: u32, holds: bool, prefix: u32, fraction: u32, index: usize) -> u128 {
     let level = u128::from(level.min(u32::MAX >> 1)) << 97;
     let waits = u128::from(!holds) << 96;
-    level | waits | u128::from(u32::MAX - prefix) << 64 | u128::from(fraction) << 32 | index as u128
+    let prefix = if holds { 0 } else { u32::MAX - prefix };
+    level | waits | u128::from(prefix) << 64 | u128::from(fraction) << 32 | index as u128
 }
 
 fn level_of(rank: u128) -> u32 {
