@@ -339,8 +339,10 @@ mod tests {
         scene.step_time.predict(&work)
     }
 
-    /// Chunks and what is said about sessions.
-    fn batch(scene: &Scene, batcher: &mut DynamicChunk) -> (Vec<(u64, u32)>, Vec<(u64, String)>) {
+    /// What is said about sessions.
+    type Said = Vec<(u64, String)>;
+
+    fn batch(scene: &Scene, batcher: &mut DynamicChunk) -> (Vec<(u64, u32)>, Said) {
         let ready: Vec<u32> = (0..scene.sessions.len() as u32).collect();
         let mut buffer = ChunkBuffer::default();
         buffer.set_recording(true);
@@ -422,7 +424,7 @@ mod tests {
     fn the_first_prompt_moves_on_where_no_time_is_left() {
         let crowd = |least| {
             let mut scene = scene(4000);
-            (0..10).for_each(|n| drop(scene.decoding(10 + n, 0.0, 20, 1)));
+            (10..20).for_each(|id| _ = scene.decoding(id, 0.0, 20, 1));
             let config = DynamicChunkConfig { min_chunk_tokens: least, ..config() };
             let chunks = scene.batch(&mut batcher(config.clone()));
             (chunks.len(), chunks[12..].to_vec(), batcher(config).properties().target_step_s)
@@ -469,7 +471,7 @@ mod tests {
         assert_eq!(reasons[0].1, "the step's predicted 19.3 ms reach the 20.0 ms between tokens of session_00000002");
 
         let mut crowded = scene(0);
-        (0..10).for_each(|n| drop(crowded.decoding(10 + n, 0.0, 20, 1)));
+        (10..20).for_each(|id| _ = crowded.decoding(id, 0.0, 20, 1));
         let (_, reasons) = batch(&crowded, &mut batcher(config()));
         assert_eq!(reasons[0].1, "the answers' 50.0 ms reach target_step_ms 50: min_chunk_tokens 32");
         crowded.budgets.tokens = 3;
