@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::commands::{chat, completions, config, model, plugins, run, score, tokenize};
+use crate::commands::{chat, check, completions, config, model, plugins, run, score, tokenize, why};
 use crate::config::read;
 use crate::logging;
+use crate::request::RequestOptions;
 use crate::settings::LogConfig;
 use crate::setup::Setup;
 
@@ -62,6 +63,7 @@ fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), F
             "plugins" => plugins::main(matches, setup),
             "config" => config::main(matches, setup),
             "model" => model::main(matches, setup),
+            "why" => why::main(matches),
             _ => completions::main(matches, command(setup)),
         };
     }
@@ -119,6 +121,7 @@ pub fn command(setup: &Setup) -> Command {
         .arg(flag("timings", "Show where the time from start to the first token went"))
         .arg(json())
         .arg(verbose());
+    let run = RequestOptions::add_flags(run);
     let score = Command::new("score")
         .about("Log-probabilities and perplexity of a text")
         .arg(Arg::new("file").value_name("FILE").required(true).help("The text; `-` reads standard input"))
@@ -142,6 +145,7 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(setup.add_flags(Command::new("list").about("List components and refused files").arg(json())))
+        .subcommand(setup.add_flags(check::command().arg(json())))
         .subcommand(
             Command::new("inspect")
                 .about("Show what a plugin file says of itself, without running any of its code")
@@ -186,6 +190,15 @@ pub fn command(setup: &Setup) -> Command {
                     .arg(json()),
             ),
         );
+    let why = Command::new("why")
+        .about("Tell why a session ran, waited or ended as it did")
+        .arg(
+            Arg::new("session")
+                .value_name("SESSION")
+                .help("A session's name, its number, or the beginning of its name. Without one: a summary of all"),
+        )
+        .arg(file("trace", "The record that `setu run --trace` wrote").required(true))
+        .arg(json());
     Command::new("setu")
         .about("An LLM inference engine whose every part is a plugin")
         .version(env!("CARGO_PKG_VERSION"))
@@ -197,6 +210,7 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand(plugins)
         .subcommand(config)
         .subcommand(model)
+        .subcommand(why)
         .subcommand(Command::new("completions").about("Shell completions").arg(
             Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(clap_complete::Shell)),
         ))

@@ -1,6 +1,7 @@
 //! One command a file.
 
 pub mod chat;
+pub mod check;
 pub mod completions;
 pub mod config;
 pub mod model;
@@ -8,6 +9,7 @@ pub mod plugins;
 pub mod run;
 pub mod score;
 pub mod tokenize;
+pub mod why;
 
 use std::io::{Read, Write};
 
