@@ -3,7 +3,7 @@
 //! Sessions that run go on. A new one is admitted when the rest of its prompt fits into the pages that
 //! those before it leave, and nobody overtakes one that has to wait.
 
-use setu_core::admission::Room;
+use setu_core::admission::{self, Room};
 use setu_core::prelude::*;
 
 use crate::config::FcfsConfig;
@@ -32,7 +32,7 @@ impl Scheduler for Fcfs {
         let mut admitting = true;
         let mut first = true;
         for session in view.sessions.iter().filter(|session| session.state() != SessionState::Held) {
-            if self.expired(view, session, decisions) {
+            if admission::expired(view, session, self.config.queue_timeout_s, decisions) {
                 continue;
             }
             let running = matches!(session.state(), SessionState::Prefilling | SessionState::Decoding);
@@ -58,26 +58,6 @@ impl Scheduler for Fcfs {
         properties.work_conserving = true;
         properties.starvation_free = true;
         properties
-    }
-}
-
-impl Fcfs {
-    /// Rejects a session whose time in the queue is over, and asks to be called when that of another will be.
-    fn expired(&self, view: &StepView<'_>, session: &SessionView, decisions: &mut Decisions<'_>) -> bool {
-        let timeout_s = self.config.queue_timeout_s;
-        if timeout_s == 0.0 || session.has_run() {
-            return false;
-        }
-        let expires_s = session.arrival_s + timeout_s;
-        if expires_s > view.now_s {
-            decisions.wake_at(expires_s);
-            return false;
-        }
-        let waited_s = session.waited_s(view.now_s);
-        let reason =
-            format!("waited {waited_s:.1} s without running; the scheduler's queue_timeout_s is {timeout_s} s");
-        decisions.reject(session.id, &reason, None);
-        true
     }
 }
 
