@@ -2,6 +2,8 @@
 
 // A crate that nothing refers to is dropped by the linker with everything that it registered.
 use setu_backend_cpu as _;
+use setu_backend_sim as _;
+use setu_batcher_dynamic_chunk as _;
 use setu_batcher_fixed_chunk as _;
 use setu_model_llama as _;
 use setu_model_mistral as _;
@@ -9,11 +11,16 @@ use setu_model_mixtral as _;
 use setu_model_phi3 as _;
 use setu_model_qwen2 as _;
 use setu_model_qwen3 as _;
+use setu_scheduler_deadline as _;
+use setu_scheduler_fair_share as _;
 use setu_scheduler_fcfs as _;
+use setu_scheduler_priority as _;
 
 /// The packages named above; start-up checks that each of them registered something.
 pub const PACKAGES: &[&str] = &[
     "setu-backend-cpu",
+    "setu-backend-sim",
+    "setu-batcher-dynamic-chunk",
     "setu-batcher-fixed-chunk",
     "setu-model-llama",
     "setu-model-mistral",
@@ -21,7 +28,10 @@ pub const PACKAGES: &[&str] = &[
     "setu-model-phi3",
     "setu-model-qwen2",
     "setu-model-qwen3",
+    "setu-scheduler-deadline",
+    "setu-scheduler-fair-share",
     "setu-scheduler-fcfs",
+    "setu-scheduler-priority",
 ];
 
 /// The policies that take over when a chosen one is at fault.

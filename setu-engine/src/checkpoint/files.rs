@@ -11,11 +11,13 @@ use super::tensors::{Stored, Tensors};
 use super::{Contents, gguf, hf, safetensors};
 
 /// Files that may lie beside safetensors, in the order in which they are listed.
-pub const BESIDE: [&str; 8] = [
+pub const BESIDE: [&str; 10] = [
     hf::CONFIG,
     "generation_config.json",
     hf::INDEX,
     "tokenizer.json",
+    "tekken.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",

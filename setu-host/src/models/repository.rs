@@ -121,7 +121,9 @@ fn single(file: &RepositoryFile) -> Choice {
 
 /// The weights and all small files that describe them: configuration, tokenizer, chat template, shard index.
 fn folder(files: &[RepositoryFile], weights: Vec<&RepositoryFile>) -> Choice {
-    let describes = |file: &&RepositoryFile| is_at_root(file) && (is(file, ".json") || is(file, ".jinja"));
+    let describes = |file: &&RepositoryFile| {
+        is_at_root(file) && (is(file, ".json") || is(file, ".jinja") || is(file, "tokenizer.model"))
+    };
     let mut chosen: Vec<RepositoryFile> = files.iter().filter(describes).cloned().collect();
     chosen.extend(weights.into_iter().filter(|file| !describes(file)).cloned());
     Choice { files: chosen, main: None }
@@ -201,6 +203,11 @@ mod tests {
                 "o/n",
                 &["config.json", "model.safetensors", "model.fp16.safetensors", "consolidated.safetensors"],
                 &["config.json", "model.safetensors"],
+            ),
+            (
+                "o/n",
+                &["config.json", "model.safetensors", "tekken.json", "tokenizer.model", "old/tokenizer.model"],
+                &["config.json", "tekken.json", "tokenizer.model", "model.safetensors"],
             ),
             (
                 "o/n",
