@@ -138,11 +138,14 @@ impl CheckpointInfo {
     ) -> Result<Option<T>> {
         let Some(value) = self.get(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| {
-            let mut shown = value.to_string();
-            if shown.chars().count() > 80 {
-                shown = shown.chars().take(80).chain(['…']).collect();
-            }
+            let shown = shortened(&value.to_string());
             Error::invalid(format!("the hyper-parameter `{key}` must be {wanted}, not {shown}"))
         })
     }
+}
+
+/// As much of a checkpoint's text as an error should repeat.
+pub(crate) fn shortened(text: &str) -> String {
+    const MOST: usize = 80;
+    if text.chars().nth(MOST).is_none() { text.to_owned() } else { text.chars().take(MOST).chain(['…']).collect() }
 }

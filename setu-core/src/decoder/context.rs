@@ -7,7 +7,7 @@ use super::rope::{Llama3, LongRope, Rope, Scaling, Yarn, longrope_attention_fact
 use super::{Family, Hyper};
 use crate::error::{Error, Result};
 use crate::graph::{GraphBuilder, RopeStyle};
-use crate::model::{CheckpointFormat, CheckpointInfo};
+use crate::model::{CheckpointFormat, CheckpointInfo, shortened};
 
 /// The tensors of a GGUF file that divide the rotary frequencies: one for all, or two to choose from.
 const ROPE_FREQS: &str = "rope_freqs.weight";
@@ -167,7 +167,11 @@ fn hf_kind<'a>(family: &Family, table: &'a CheckpointInfo) -> Result<&'a str> {
     }
     let (last, others) = family.rope_types.split_last().unwrap_or((&"none", &[]));
     let known = if others.is_empty() { (*last).to_owned() } else { format!("{} and {last}", others.join(", ")) };
-    Err(Error::unsupported(format!("model {} has no rope scaling called {stated:?}; it has {known}", family.name)))
+    Err(Error::unsupported(format!(
+        "model {} has no rope scaling called {:?}; it has {known}",
+        family.name,
+        shortened(stated)
+    )))
 }
 
 fn hf_scaling(kind: &str, table: &CheckpointInfo, trained: u32) -> Result<Scaling> {
@@ -323,7 +327,7 @@ fn gguf_scaling(family: &Family, checkpoint: &CheckpointInfo, trained: u32, dim:
             Scaling::Yarn(ordered(yarn)?)
         }
         Some(other) => {
-            let (key, name) = (key("type"), family.name);
+            let (key, name, other) = (key("type"), family.name, shortened(other));
             return Err(Error::unsupported(format!("`{key}`: model {name} has none, linear and yarn, not {other:?}")));
         }
     };

@@ -10,7 +10,7 @@ use super::Family;
 use super::keys::{divided, lacks, positive, refuse_unknown, uniform};
 use crate::error::{Error, Result};
 use crate::graph::ActivationKind;
-use crate::model::{CheckpointFormat, CheckpointInfo};
+use crate::model::{CheckpointFormat, CheckpointInfo, shortened};
 
 /// The sizes that every decoder has.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,7 +98,8 @@ fn activation(family: &Family, name: &str) -> Result<ActivationKind> {
         "relu2" => ActivationKind::ReluSquared,
         "sigmoid" => ActivationKind::Sigmoid,
         other => {
-            return Err(Error::unsupported(format!("model {} has no `hidden_act` called {other:?}", family.name)));
+            let (name, other) = (family.name, shortened(other));
+            return Err(Error::unsupported(format!("model {name} has no `hidden_act` called {other:?}")));
         }
     })
 }

@@ -41,14 +41,14 @@ impl Scheduler for Twins {
         }
         others.fill(3, |decisions| self.stranger.schedule(&elsewhere.view(), decisions))?;
         second.fill(sessions, |decisions| self.second.schedule(view, decisions))?;
-        let differ = first.iter().zip(second.iter()).find(|(one, other)| plain(one) != plain(other));
+        let differ = acts(first).zip(acts(second)).find(|(one, other)| plain(one) != plain(other));
         if let Some((one, other)) = differ {
             let [one, other] = [one, other].map(|decision| told(&decision));
             return Err(Error::contract(format!(
                 "of two that were told the same, one decides {one}, the other {other}"
             )));
         }
-        let counts = [first.iter().count(), second.iter().count()];
+        let counts = [acts(first).count(), acts(second).count()];
         if counts[0] != counts[1] {
             return Err(Error::contract(format!(
                 "of two that were told the same, one decides about {} sessions, the other about {}",
@@ -75,6 +75,12 @@ impl Scheduler for Twins {
         self.first.observe(events);
         self.second.observe(events);
     }
+}
+
+/// The decisions that do something: waiting is what a session does of which nothing is said, and only who is asked for
+/// reasons says it.
+fn acts(decided: &DecisionBuffer) -> impl Iterator<Item = Result<Decision<'_>, u32>> {
+    decided.iter().filter(|decision| !matches!(decision, Ok(decision) if decision.verdict == Verdict::Wait))
 }
 
 /// A decision without its reason, which only one of the two was asked for.
