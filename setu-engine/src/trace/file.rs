@@ -140,7 +140,8 @@ impl std::fmt::Display for Skipped {
         }
         if self.unknown > 0 {
             let gap = if self.broken > 0 { "; " } else { "" };
-            write!(f, "{gap}{} lines tell events that this version doesn't know", self.unknown)?;
+            let events = super::numbers::counted(self.unknown, "event");
+            write!(f, "{gap}{events} of a later version can't be told")?;
         }
         Ok(())
     }
@@ -206,7 +207,7 @@ mod tests {
                 2,
                 "2 lines were skipped, the first is line 3: missing field `event`",
             ),
-            (["{\"event\":\"dreamt\"}\n", STEP].concat(), 1, "1 lines tell events that this version doesn't know"),
+            (["{\"event\":\"dreamt\"}\n", STEP].concat(), 1, "1 event of a later version can't be told"),
             (STEP.replace("0.5", "\"long\""), 0, "line 2 was skipped: invalid type: string \"long\", expected f64"),
         ];
         for (text, entries, said) in cases {

@@ -354,9 +354,9 @@ fn faults_and_swaps_are_told_in_the_stories_of_those_who_lived_through_them() {
 
 #[test]
 fn what_is_shared_is_told() {
-    let asked = ask(1).with(|params| params.n = 2);
+    let asked = [ask(1).with(|params| params.n = 2)];
     let mut rig = rig(&Setup { chunk: 8, ..Setup::default() }, everybody);
-    let record = run_all(&mut rig, &[asked.clone()]);
+    let record = run_all(&mut rig, &asked);
     let Record::Added(added) = &record[2] else { panic!("{:?}", record[2]) };
     assert_eq!(added.shares_prompt_of, Some(SessionId(1)));
     let wait = &waits(&record, 2)[0];
