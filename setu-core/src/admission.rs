@@ -69,6 +69,11 @@ impl Room {
         }
     }
 
+    /// Adds `pages` to what is left in every group.
+    fn change_by(&mut self, pages: i64) {
+        self.left.iter_mut().for_each(|left| *left = left.saturating_add(pages));
+    }
+
     /// Adds the pages that preempting `session` frees, times `sign`, so that -1 takes back what 1 added.
     pub fn change_by_held(&mut self, view: &StepView<'_>, session: &SessionView, sign: i64) {
         let in_all: u64 = view.kv_groups.iter().map(|group| pages_used(view, group, session)).sum();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, unbounded};
 use setu_core::backend::ExecutableInfo;
 use setu_core::batcher::Batcher;
 use setu_core::ids::SessionId;
@@ -89,7 +89,8 @@ impl Engine {
     /// The parts don't fit together, or no thread can be started.
     pub fn start(parts: Parts, settings: Settings) -> Result<Engine> {
         let watchdog_s = settings.engine.watchdog_s;
-        let core = Core::new(parts, settings, Clock::real())?;
+        let clock = if parts.executable.info().virtual_time { Clock::simulated() } else { Clock::real() };
+        let core = Core::new(parts, settings, clock)?;
         let (limits, info) = (core.limits().clone(), core.info().clone());
         let (commands, inbox) = unbounded();
         let heartbeat = Arc::new(Heartbeat { start: Instant::now(), busy_since_ms: AtomicU64::new(0) });
@@ -302,7 +303,16 @@ fn run(mut core: Core, inbox: &Receiver<Command>, heartbeat: &Heartbeat) {
         if let Some(until_s) = idle_until {
             heartbeat.rest();
             let wait = until_s - clock.now_s();
-            let command = if wait.is_finite() && wait < 1e6 {
+            let command = if wait.is_finite() && clock.is_virtual() {
+                match inbox.try_recv() {
+                    Ok(command) => Some(command),
+                    Err(TryRecvError::Empty) => {
+                        clock.advance_to(until_s);
+                        None
+                    }
+                    Err(TryRecvError::Disconnected) => return,
+                }
+            } else if wait.is_finite() && wait < 1e6 {
                 match inbox.recv_timeout(Duration::from_secs_f64(wait.max(0.0))) {
                     Ok(command) => Some(command),
                     Err(RecvTimeoutError::Timeout) => None,

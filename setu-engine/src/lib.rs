@@ -16,6 +16,7 @@ pub mod model_text;
 pub mod plugins;
 pub mod request;
 mod session;
+pub mod simulation;
 pub mod stats;
 pub mod step_time;
 pub mod text;

@@ -1,5 +1,6 @@
 //! Whole-workspace tests.
 
+pub mod experiments;
 pub mod extensions;
 pub mod figures;
 pub mod fixtures;

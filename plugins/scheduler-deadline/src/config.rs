@@ -22,8 +22,8 @@ pub struct DeadlineConfig {
     /// Factor on predicted times, beside what the step-time model knows of its own error; over 1 is more careful.
     #[config(default = 1.0, above = 0.0, max = 100.0)]
     pub margin: f64,
-    /// Time after its arrival from which a session is served before those that still have slack, so that nobody waits
-    /// forever behind deadlines.
+    /// Time after its arrival from which a session without deadline, or one relegated, is served before those that
+    /// are due, so that nobody waits forever behind deadlines.
     #[config(default = 60.0, above = 0.0, unit = "s", example = 10.0)]
     pub patience_s: f64,
 }

@@ -1,5 +1,7 @@
 //! How much time a session's remaining work takes, by the step-time model.
 
+use std::fmt;
+
 use setu_core::prelude::*;
 use setu_core::view::{StepTimeModel, StepWork};
 
@@ -14,23 +16,50 @@ pub struct Forecast {
     decode_step_s: f64,
     decodes_s: f64,
     lengths_known: bool,
+    /// Sessions that run, and tokens that they are yet to generate.
+    running: u32,
+    tokens_to_come: u64,
 }
 
 /// A deadline and the time that the work until then takes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Due {
+    pub what: What,
     pub at_s: f64,
     /// Beside what decodes now.
     pub need_s: f64,
-    /// If everybody else stopped.
-    pub alone_s: f64,
-    pub what: &'static str,
+    /// If everybody else stopped and, once it has begun to answer, the next token were the last.
+    pub least_s: f64,
+}
+
+/// What is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    FirstToken,
+    /// The next one of an answer that has begun and lost its pages. That it is late is no reason to end the answer.
+    NextToken,
+    LastToken,
 }
 
 impl Due {
     /// Time to spare.
     pub fn slack_s(&self, now_s: f64) -> f64 {
         self.at_s - now_s - self.need_s
+    }
+
+    /// Whether it can't be met any more.
+    pub fn is_hopeless(&self, now_s: f64) -> bool {
+        self.what != What::NextToken && now_s + self.least_s > self.at_s
+    }
+}
+
+impl fmt::Display for What {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            What::FirstToken => "first token",
+            What::NextToken => "next token",
+            What::LastToken => "last token",
+        })
     }
 }
 
@@ -41,54 +70,74 @@ impl Forecast {
         if !model.is_known() || !model.predict(&StepWork::default()).is_finite() {
             return None;
         }
-        let mut decodes = StepWork::default();
-        for session in view.sessions.iter().filter(|session| session.state() == SessionState::Decoding) {
-            decodes.add_chunk(1, session.scheduled_tokens);
-        }
         let factor = margin * if model.ratio_p95 > 1.0 { model.ratio_p95.min(10.0) } else { 1.0 };
-        let decode_step_s = model.predict(&decodes);
-        let decodes_s = decode_step_s - model.base_s;
-        Some(Forecast { model, chunk: view.token_budget.max(1), factor, decode_step_s, decodes_s, lengths_known })
+        let chunk = view.token_budget.max(1);
+        let mut forecast = Forecast { model, chunk, factor, lengths_known, ..Forecast::default() };
+        let mut decodes = StepWork::default();
+        for session in view.sessions.iter() {
+            match session.state() {
+                SessionState::Decoding => decodes.add_chunk(1, session.scheduled_tokens),
+                SessionState::Prefilling => {}
+                _ => continue,
+            }
+            forecast.running += 1;
+            forecast.tokens_to_come += u64::from(forecast.tokens_to_come(session));
+        }
+        forecast.decode_step_s = model.predict(&decodes);
+        forecast.decodes_s = forecast.decode_step_s - model.base_s;
+        Some(forecast)
     }
 
     /// Seconds until the prompt of `session` is computed, beside what decodes now.
     pub fn prefill_s(&self, session: &SessionView) -> f64 {
-        let tokens = tokens_left(session);
-        let steps = f64::from(tokens.div_ceil(self.chunk));
-        self.factor * (self.model.prefill_s(tokens, session.context_tokens(), self.chunk) + steps * self.decodes_s)
+        let steps = f64::from(tokens_left(session).div_ceil(self.chunk));
+        self.prefill_alone_s(session) + self.factor * steps * self.decodes_s
     }
 
-    /// Seconds until the answer of `session` is complete once its prompt is computed.
-    pub fn decode_s(&self, session: &SessionView) -> f64 {
-        let alone_s = self.model.base_s + self.model.chunk_s(1, session.len_tokens);
-        self.factor * f64::from(self.tokens_to_come(session)) * self.decode_step_s.max(alone_s)
+    fn prefill_alone_s(&self, session: &SessionView) -> f64 {
+        match tokens_left(session) {
+            0 => 0.0,
+            tokens => self.factor * self.model.prefill_s(tokens, session.context_tokens(), self.chunk),
+        }
     }
 
     /// The deadline of `session` that leaves the least time to spare; `None` where nothing of it is due.
     pub fn due(&self, session: &SessionView, now_s: f64) -> Option<Due> {
-        let waits_for_first = session.generated_tokens == 0;
-        let alone_prefill_s =
-            self.factor * self.model.prefill_s(tokens_left(session), session.context_tokens(), self.chunk);
-        let prefill_s = self.prefill_s(session);
-        let first = (waits_for_first && session.ttft_deadline_s.is_finite()).then_some(Due {
-            at_s: session.ttft_deadline_s,
-            need_s: prefill_s,
-            alone_s: alone_prefill_s,
-            what: "first token",
-        });
-        let last = session.total_deadline_s.is_finite().then(|| {
-            let token_s = self.model.base_s + self.model.chunk_s(1, session.len_tokens);
-            Due {
-                at_s: session.total_deadline_s,
-                need_s: prefill_s + self.decode_s(session),
-                alone_s: alone_prefill_s + self.factor * f64::from(self.tokens_to_come(session)) * token_s,
-                what: "last token",
-            }
-        });
-        match (first, last) {
-            (Some(first), Some(last)) if last.slack_s(now_s) < first.slack_s(now_s) => Some(last),
-            (first, last) => first.or(last),
+        let answers = session.generated_tokens > 0;
+        let next_s = match session.state() {
+            SessionState::Decoding => f64::INFINITY,
+            _ if answers => session.last_token_s + session.itl_limit_s,
+            _ => session.ttft_deadline_s,
+        };
+        let last_s = session.total_deadline_s;
+        if !next_s.is_finite() && !last_s.is_finite() {
+            return None;
         }
+        let (need_s, least_s) = (self.prefill_s(session), self.prefill_alone_s(session));
+        let what = if answers { What::NextToken } else { What::FirstToken };
+        let next = next_s.is_finite().then_some(Due { what, at_s: next_s, need_s, least_s });
+        let last = last_s.is_finite().then(|| {
+            let tokens = self.factor * f64::from(self.tokens_to_come(session));
+            let alone_s = self.model.base_s + self.model.chunk_s(1, session.len_tokens);
+            let need_s = need_s + tokens * self.decode_step_s.max(alone_s);
+            let least_s = if answers { least_s } else { least_s + tokens * alone_s };
+            Due { what: What::LastToken, at_s: last_s, need_s, least_s }
+        });
+        match (next, last) {
+            (Some(next), Some(last)) if last.slack_s(now_s) < next.slack_s(now_s) => Some(last),
+            (next, last) => next.or(last),
+        }
+    }
+
+    /// Places for sessions beside those that run.
+    pub fn free_places(&self, view: &StepView<'_>) -> u32 {
+        view.session_budget.saturating_sub(self.running)
+    }
+
+    /// Time between two places that those who run leave.
+    pub fn place_every_s(&self) -> f64 {
+        let running = f64::from(self.running.max(1));
+        self.factor * self.decode_step_s * self.tokens_to_come as f64 / (running * running)
     }
 
     /// Tokens of the answer that are yet to come, the first left out where the prompt brings it.

@@ -10,6 +10,7 @@
 
 pub mod config;
 pub mod forecast;
+pub mod key;
 pub mod scheduler;
 
 pub use config::{DeadlineConfig, Hopeless, Order};

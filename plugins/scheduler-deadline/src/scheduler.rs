@@ -1,17 +1,19 @@
 //! Runs sessions by how little time they have to spare.
 //!
 //! Sessions stand at one of four levels: decoding ones with a limit on the gap between tokens, which belong into
-//! every step; those that are due, and those that have waited for `patience_s`; those without deadline; and those
-//! relegated since they can't be on time. Inside a level the most urgent comes first: a long prompt of which part is
-//! computed so pauses, with its pages, while a tighter one takes the step. Who waits takes pages and places only
-//! from lower levels.
+//! every step; those that are due, and those of which nothing is due but that have waited for `patience_s`; those
+//! without deadline; and those relegated since they can't be on time. Inside a level the most urgent comes first: a
+//! long prompt of which part is computed so pauses, with its pages, while a tighter one takes the step. Who waits
+//! takes pages and places only from lower levels.
 //!
-//! **Nobody starves**: from `patience_s` after its arrival a session is before everybody with time to spare, and nobody
-//! takes its place any more.
+//! **Nobody starves.** A deadline comes nearer until it is the most urgent. A session without one, or relegated, is
+//! before all that are due from `patience_s` after its arrival on, in order of arrival, and nobody takes its place
+//! any more: it then waits for those who run and for those who have waited longer.
 //!
-//! **Rejections.** A session that would be late even if all others stopped is hopeless. One that arrives and is
-//! predicted to be late by the work before it in the order is rejected at once, while going elsewhere still helps.
-//! Nobody is rejected before the step-time model knows the machine.
+//! **Rejections.** A session that would be late even if all others stopped is hopeless; of one that has begun to
+//! answer only its deadline says so, since the next token may be its last. One that arrives and is predicted to be
+//! late by the work before it in the order is rejected at once, while going elsewhere still helps; who was let in
+//! isn't turned away for one that came later. Nobody is rejected before the step-time model knows the machine.
 
 use setu_core::SessionId;
 use setu_core::admission::queue::{Candidate, Queue};
@@ -19,6 +21,7 @@ use setu_core::prelude::*;
 
 use crate::config::{DeadlineConfig, Hopeless, Order};
 use crate::forecast::{Due, Forecast};
+use crate::key::Key;
 
 const RELEGATED: u32 = 0;
 const WHENEVER: u32 = 1;
@@ -26,11 +29,11 @@ const DUE: u32 = 2;
 const GAPS: u32 = 3;
 const LEVELS: u32 = 4;
 
-/// Bits of a sort key that hold a session's index.
-const INDEX_BITS: u32 = 24;
-
 /// Handles beyond are none that an engine gives; their sessions are never rejected early.
 const MOST_HANDLES: usize = 1 << 20;
+
+/// Most sessions that hear in one step why they are rejected; further ones wait for the next to hear it.
+const MOST_REJECTIONS: usize = 64;
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -40,10 +43,13 @@ pub struct Deadline {
     lengths_known: bool,
     /// By handle, the session that was let into the queue.
     welcome: Vec<Option<SessionId>>,
-    /// Level, urgency and index, packed so that the order is that of the numbers.
-    keys: Vec<u64>,
+    keys: Vec<Key>,
+    /// By index into the view, time until the prompt is computed.
+    prefill_s: Vec<f32>,
     order: Vec<Candidate>,
     queue: Queue,
+    /// Sessions rejected in this step.
+    rejected: usize,
 }
 
 impl Component for Deadline {
@@ -57,8 +63,10 @@ impl Component for Deadline {
             lengths_known: false,
             welcome: Vec::new(),
             keys: Vec::new(),
+            prefill_s: Vec::new(),
             order: Vec::new(),
             queue: Queue::default(),
+            rejected: 0,
         })
     }
 }
@@ -66,7 +74,8 @@ impl Component for Deadline {
 impl Scheduler for Deadline {
     fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
         let forecast = Forecast::new(view, self.config.margin, self.lengths_known);
-        self.rank(view, forecast.as_ref());
+        self.rejected = 0;
+        self.rank(view, forecast.as_ref(), decisions);
         self.take_in(view, forecast.as_ref(), decisions);
         let now_s = view.now_s;
         self.queue.decide(view, &self.order, LEVELS, decisions, |session, candidate| {
@@ -88,36 +97,49 @@ impl Scheduler for Deadline {
 }
 
 impl Deadline {
-    /// Sorts those that may run.
-    fn rank(&mut self, view: &StepView<'_>, forecast: Option<&Forecast>) {
+    /// Sorts those that may run, and rejects those that are hopeless.
+    fn rank(&mut self, view: &StepView<'_>, forecast: Option<&Forecast>, decisions: &mut Decisions<'_>) {
+        let now_s = view.now_s;
         self.keys.clear();
-        // More sessions than fit into a key wait for others to end.
-        for (index, session) in view.sessions.iter().enumerate().take(1 << INDEX_BITS) {
+        self.prefill_s.clear();
+        // More sessions than a key can tell apart wait for others to end.
+        for (index, session) in (0..Key::MOST_SESSIONS).zip(view.sessions.iter()) {
+            self.prefill_s.push(forecast.map_or(0.0, |forecast| forecast.prefill_s(session) as f32));
             if session.state() == SessionState::Held {
                 continue;
             }
-            let (level, urgency) = self.standing(forecast, session, view.now_s);
-            self.keys.push(key(level, urgency, index));
+            let due = forecast.and_then(|forecast| forecast.due(session, now_s));
+            let hopeless = due.filter(|due| due.is_hopeless(now_s));
+            if let Some(due) = hopeless.filter(|_| self.config.hopeless == Hopeless::Reject) {
+                self.reject(session, decisions, None, || {
+                    let (what, least_s, left_s) = (due.what, due.least_s, due.at_s - now_s);
+                    format!("its {what} takes {least_s:.3} s even alone and is due in {left_s:.3} s")
+                });
+                continue;
+            }
+            let (level, urgency) = self.standing(forecast, session, due, now_s);
+            let is_new = due.is_some() && hopeless.is_none() && self.is_new(session);
+            self.keys.push(Key::new(level, urgency, index, is_new));
         }
         self.keys.sort_unstable();
     }
 
     /// A session's level, and a number that is smaller the more urgent it is.
-    fn standing(&self, forecast: Option<&Forecast>, session: &SessionView, now_s: f64) -> (u32, f64) {
-        if session.state() == SessionState::Decoding && session.itl_limit_s.is_finite() {
-            return (GAPS, session.last_token_s + session.itl_limit_s - now_s);
-        }
+    fn standing(&self, forecast: Option<&Forecast>, session: &SessionView, due: Option<Due>, now_s: f64) -> (u32, f64) {
         let overdue_s = now_s - session.arrival_s - self.config.patience_s;
-        let due = forecast.and_then(|forecast| forecast.due(session, now_s));
+        let patient = |level| match overdue_s >= 0.0 {
+            true => (DUE, -1e9 - overdue_s),
+            false => (level, session.arrival_s - now_s),
+        };
         match due {
-            _ if overdue_s >= 0.0 => (DUE, -1e9 - overdue_s),
-            Some(due) if self.config.hopeless == Hopeless::Relegate && is_hopeless(&due, now_s) => {
-                (RELEGATED, session.arrival_s - now_s)
+            Some(due) if due.is_hopeless(now_s) => patient(RELEGATED),
+            _ if session.state() == SessionState::Decoding && session.itl_limit_s.is_finite() => {
+                (GAPS, session.last_token_s + session.itl_limit_s - now_s)
             }
             Some(due) => (DUE, self.urgency(&due, now_s)),
             // Nothing is known of the machine yet, but of deadlines.
             None if forecast.is_none() && deadline_s(session).is_finite() => (DUE, deadline_s(session) - now_s),
-            None => (WHENEVER, session.arrival_s - now_s),
+            None => patient(WHENEVER),
         }
     }
 
@@ -128,117 +150,84 @@ impl Deadline {
         }
     }
 
-    /// Makes the sorted keys candidates, without those who are rejected.
+    /// Makes the sorted keys candidates, without those that come too late to be on time.
     fn take_in(&mut self, view: &StepView<'_>, forecast: Option<&Forecast>, decisions: &mut Decisions<'_>) {
+        let now_s = view.now_s;
         self.order.clear();
-        let mut ahead = Ahead::of(view, forecast);
+        let mut before = Before::default();
         for position in 0..self.keys.len() {
-            let (level, index) = parts(self.keys[position]);
-            let session = &view.sessions[index as usize];
-            let runs = matches!(session.state(), SessionState::Prefilling | SessionState::Decoding);
-            if let Some(forecast) = forecast {
-                if self.refused(view, session, forecast, &ahead, decisions) {
+            let key = self.keys[position];
+            let session = &view.sessions[key.index() as usize];
+            if let Some(forecast) = forecast.filter(|_| key.is_new()) {
+                let wait_s = before.wait_s(forecast, view);
+                let due = forecast.due(session, now_s);
+                if let Some(due) = due.filter(|due| wait_s > due.slack_s(now_s)) {
+                    // Once that much of the work before it is done, another try may fit.
+                    self.reject(session, decisions, Some(wait_s - due.slack_s(now_s)), || {
+                        let (what, left_s, need_s) = (due.what, due.at_s - now_s, due.need_s);
+                        format!(
+                            "its {what} is due in {left_s:.3} s and takes {need_s:.3} s; the work before it takes \
+                             {wait_s:.3} s"
+                        )
+                    });
                     continue;
                 }
-                ahead.add(forecast, session, runs);
+                self.let_in(session);
             }
             // A gap's limit is no reason to take a place from others; a place that one has is kept.
-            let power = level.min(DUE);
-            self.order.push(Candidate { index, level, power, runs });
+            let candidate = Candidate::new(session, key.index(), key.level(), key.level().min(DUE));
+            before.prefill_s += f64::from(self.prefill_s[key.index() as usize]);
+            before.waiting += u32::from(!candidate.runs);
+            self.order.push(candidate);
         }
     }
 
-    /// Rejects a session that can't be on time.
-    fn refused(
+    fn reject(
         &mut self,
-        view: &StepView<'_>,
         session: &SessionView,
-        forecast: &Forecast,
-        ahead: &Ahead,
         decisions: &mut Decisions<'_>,
-    ) -> bool {
-        let now_s = view.now_s;
-        let Some(due) = forecast.due(session, now_s) else { return false };
-        if is_hopeless(&due, now_s) {
-            if self.config.hopeless == Hopeless::Reject {
-                let (what, need_s, left_s) = (due.what, due.alone_s, due.at_s - now_s);
-                let reason = format!("its {what} takes {need_s:.3} s even alone and is due in {left_s:.3} s");
-                decisions.reject(session.id, &reason, None);
-            }
-            return self.config.hopeless == Hopeless::Reject;
+        retry_after_s: Option<f64>,
+        reason: impl FnOnce() -> String,
+    ) {
+        if self.rejected < MOST_REJECTIONS {
+            self.rejected += 1;
+            decisions.reject(session.id, &reason(), retry_after_s);
         }
-        if !self.config.reject_early || self.config.hopeless == Hopeless::Relegate || self.was_welcome(session) {
-            return false;
-        }
-        let late_s = ahead.wait_s() - due.slack_s(now_s);
-        if late_s > 0.0 {
-            let (what, left_s, wait_s) = (due.what, due.at_s - now_s, ahead.wait_s());
-            let reason = format!(
-                "its {what} is due in {left_s:.3} s and takes {:.3} s; the work before it takes {wait_s:.3} s",
-                due.need_s
-            );
-            decisions.reject(session.id, &reason, Some(late_s));
-            return true;
-        }
-        false
     }
 
-    /// Whether `session` was in the queue before. Who runs has been; whoever asks once is from now on.
-    fn was_welcome(&mut self, session: &SessionView) -> bool {
+    /// Whether `session` is yet to be let in, and may be turned away.
+    fn is_new(&self, session: &SessionView) -> bool {
         let handle = session.handle as usize;
-        if session.has_run() || handle >= MOST_HANDLES {
-            return true;
-        }
+        self.config.reject_early
+            && self.config.hopeless == Hopeless::Reject
+            && !session.has_run()
+            && handle < MOST_HANDLES
+            && self.welcome.get(handle).copied().flatten() != Some(session.id)
+    }
+
+    fn let_in(&mut self, session: &SessionView) {
+        let handle = session.handle as usize;
         if handle >= self.welcome.len() {
             self.welcome.resize(handle + 1, None);
         }
-        self.welcome[handle].replace(session.id) == Some(session.id)
+        self.welcome[handle] = Some(session.id);
     }
 }
 
 /// The work before a session in the order.
-struct Ahead {
+#[derive(Clone, Copy, Debug, Default)]
+struct Before {
     prefill_s: f64,
-    /// Sessions that wait, and places that are free for them.
     waiting: u32,
-    free: u32,
-    /// Time between two places that those who run now leave.
-    place_every_s: f64,
 }
 
-impl Ahead {
-    fn of(view: &StepView<'_>, forecast: Option<&Forecast>) -> Ahead {
-        let mut ahead = Ahead { prefill_s: 0.0, waiting: 0, free: view.session_budget, place_every_s: 0.0 };
-        let Some(forecast) = forecast else { return ahead };
-        let (mut running, mut left_s) = (0u32, 0.0);
-        for session in view.sessions.iter() {
-            if matches!(session.state(), SessionState::Prefilling | SessionState::Decoding) {
-                running += 1;
-                left_s += forecast.decode_s(session);
-            }
-        }
-        ahead.free = view.session_budget.saturating_sub(running);
-        if running > 0 {
-            ahead.place_every_s = left_s / f64::from(running) / f64::from(running);
-        }
-        ahead
-    }
-
-    fn add(&mut self, forecast: &Forecast, session: &SessionView, runs: bool) {
-        self.prefill_s += forecast.prefill_s(session);
-        self.waiting += u32::from(!runs);
-    }
-
+impl Before {
     /// Time until the next in the order can begin: prompts are computed one behind the other, and where all places
     /// are taken it waits for one as well.
-    fn wait_s(&self) -> f64 {
-        let places = (self.waiting + 1).saturating_sub(self.free);
-        self.prefill_s.max(f64::from(places) * self.place_every_s)
+    fn wait_s(&self, forecast: &Forecast, view: &StepView<'_>) -> f64 {
+        let places = (self.waiting + 1).saturating_sub(forecast.free_places(view));
+        self.prefill_s.max(f64::from(places) * forecast.place_every_s())
     }
-}
-
-fn is_hopeless(due: &Due, now_s: f64) -> bool {
-    now_s + due.alone_s > due.at_s
 }
 
 /// The next deadline of a session.
@@ -248,27 +237,20 @@ fn deadline_s(session: &SessionView) -> f64 {
 }
 
 fn urgency(forecast: Option<&Forecast>, session: &SessionView, candidate: &Candidate, now_s: f64) -> String {
-    match (candidate.level, forecast.and_then(|forecast| forecast.due(session, now_s))) {
+    let due = forecast.and_then(|forecast| forecast.due(session, now_s));
+    let hopeless = due.filter(|due| due.is_hopeless(now_s));
+    match (candidate.level, due) {
         (GAPS, _) => format!("whose tokens are due every {:.3} s", session.itl_limit_s),
         (RELEGATED, Some(due)) => format!("which can't have its {} in time", due.what),
-        (DUE, Some(due)) => format!("whose {} has {:.3} s to spare", due.what, due.slack_s(now_s)),
-        (DUE, None) if deadline_s(session).is_finite() => format!("due in {:.3} s", deadline_s(session) - now_s),
-        (DUE, None) => format!("which came {:.1} s ago", now_s - session.arrival_s),
+        (DUE, Some(due)) if hopeless.is_none() => {
+            format!("whose {} has {:.3} s to spare", due.what, due.slack_s(now_s))
+        }
+        (DUE, None) if forecast.is_none() && deadline_s(session).is_finite() => {
+            format!("due in {:.3} s", deadline_s(session) - now_s)
+        }
+        (DUE, _) => format!("which came {:.1} s ago", now_s - session.arrival_s),
         _ => "without a deadline".to_owned(),
     }
-}
-
-/// Highest level first, then by urgency, then by arrival.
-fn key(level: u32, urgency: f64, index: usize) -> u64 {
-    // The bits of a float in the order of the numbers; what is no number is not urgent.
-    let urgency = if urgency.is_nan() { f32::INFINITY } else { urgency as f32 };
-    let bits = urgency.to_bits();
-    let ordered = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
-    u64::from(LEVELS - level) << (32 + INDEX_BITS) | u64::from(ordered) << INDEX_BITS | index as u64
-}
-
-fn parts(key: u64) -> (u32, u32) {
-    (LEVELS - (key >> (32 + INDEX_BITS)) as u32, (key & ((1 << INDEX_BITS) - 1)) as u32)
 }
 
 #[cfg(test)]
@@ -393,21 +375,5 @@ mod tests {
         // After its patience nobody takes its place, and the other has to wait.
         scene.sessions[0].arrival_s = 40.0;
         assert_eq!(scene.schedule(&mut deadline(r#"{"patience_s": 10.0, "reject_early": false}"#)).running(), [1, 2]);
-    }
-
-    #[test]
-    fn keys_sort_by_level_then_urgency_then_arrival() {
-        let mut keys = [
-            key(DUE, f64::NAN, 0),
-            key(DUE, -3.0, 1),
-            key(DUE, 2.0, 2),
-            key(DUE, 2.0, 3),
-            key(GAPS, 9e99, 4),
-            key(RELEGATED, f64::NEG_INFINITY, 5),
-            key(WHENEVER, -0.5, 6),
-            key(DUE, -1e300, 7),
-        ];
-        keys.sort_unstable();
-        assert_eq!(keys.map(|key| parts(key).1), [4, 7, 1, 2, 3, 0, 6, 5]);
     }
 }

@@ -66,8 +66,11 @@ pub(crate) struct Standing {
     pub level: u32,
     /// Place of the counter inside its quantum, as a fraction of 2^32.
     pub fraction: u32,
-    /// Charge that it may yet be given in this step.
+    /// Charge that it may yet be given in this step, and whether that is less than a step could come to.
     pub allowance: f64,
+    pub limited: bool,
+    /// Charge that its sessions that are left alone may come to, whatever the allowance.
+    pub promised: f64,
     /// Of this, kept for its sessions that decode.
     pub decodes_due: f64,
     /// One of its sessions has to wait for pages or a slot, and so all behind it.
@@ -259,8 +262,8 @@ impl Accounts {
             let rival = if index as usize == whose { second } else { first };
             let most_ahead = self.most_ahead();
             let account = &mut self.accounts[index as usize];
-            let allowance = (rival + most_ahead - account.now.counter) * account.weight;
-            account.now.allowance = if allowance >= step_charge { f64::INFINITY } else { allowance };
+            account.now.allowance = (rival + most_ahead - account.now.counter) * account.weight;
+            account.now.limited = account.now.allowance < step_charge;
             let quanta = account.now.counter / self.quantum;
             account.now.level = (quanta.floor() - base + 1.0).max(0.0) as u32;
             account.now.fraction = ((quanta - quanta.floor()) * 2f64.powi(32)) as u32;

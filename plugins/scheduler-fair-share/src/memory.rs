@@ -14,6 +14,8 @@ pub(crate) struct Seen {
     pub demand: u32,
     /// Charge of what was in flight.
     pub in_flight: f64,
+    /// Since it was preempted: tokens up to which it is left alone. 0 if it never was.
+    pub goal: u32,
 }
 
 /// By the sessions' handles.

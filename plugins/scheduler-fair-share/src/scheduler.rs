@@ -46,6 +46,10 @@ struct Row {
     prefix: u32,
     /// It holds pages.
     holds: bool,
+    /// Since it was preempted before, it is left alone until it has computed as many tokens.
+    goal: u32,
+    /// It has pages and isn't at its goal yet.
+    resumes: bool,
     preempted: bool,
 }
 
@@ -161,17 +165,22 @@ impl FairShare {
             // Where its columns were reset, the step goes on.
             let lost_charge = if lost { self.memory.get(session.handle, session.id) } else { None };
             let charge = lost_charge.map_or_else(|| self.charge_in_flight(session), |before| before.in_flight);
+            let goal = self.goal(session);
             let seen = Seen {
                 scheduled_tokens: session.scheduled_tokens,
                 context_tokens: session.context_tokens(),
                 demand,
                 in_flight: charge,
+                goal,
             };
             let before = self.memory.replace(session.handle, session.id, seen);
+            let resumes = holds && session.scheduled_tokens < goal;
+            let promised = if resumes { self.charge(session, goal - session.context_tokens().min(goal)) } else { 0.0 };
             let charges = self.accounts.charges();
             let weight = self.accounts.get(account).weight;
             let standing = self.accounts.now(account);
             standing.in_flight += charge;
+            standing.promised += promised;
             standing.runnable |= demand > 0;
             standing.sessions += u32::from(holds);
             standing.pages += u64::from(session.pages_held);
@@ -180,7 +189,7 @@ impl FairShare {
             places.returning += u32::from(lost);
             let impatient = view.now_s - session.arrival_s > self.config.patience_s;
             let prefix = if impatient { u32::MAX } else { session.cached_ahead() };
-            self.rows.push(Row { account: account as u32, demand, prefix, holds, preempted: false });
+            self.rows.push(Row { account: account as u32, demand, prefix, holds, goal, resumes, preempted: false });
             let Some(before) = before.filter(|before| before.demand > 0) else { continue };
             if session.scheduled_tokens <= before.scheduled_tokens {
                 standing.passed_over |= demand > 0;
@@ -194,6 +203,20 @@ impl FairShare {
             }
         }
         places
+    }
+
+    /// Tokens up to which a session that was preempted is left alone: those that it lost and as many again, but no more
+    /// than a quantum of them. Otherwise tenants could go on for ever to undo each other's long prompts.
+    fn goal(&self, session: &SessionView) -> u32 {
+        if session.preemptions == 0 {
+            return 0;
+        }
+        let Some(before) = self.memory.get(session.handle, session.id) else { return 0 };
+        if session.scheduled_tokens >= before.scheduled_tokens {
+            return before.goal;
+        }
+        let lost = before.scheduled_tokens;
+        lost.saturating_add(lost.min(self.config.quantum_tokens))
     }
 
     /// More than a tenant can be charged for a step.
@@ -228,7 +251,7 @@ impl FairShare {
         let charges = self.accounts.charges();
         let (start, prompt) = (session.context_tokens(), session.prompt_tokens);
         let end = start.saturating_add(tokens);
-        let sampled = u32::from(end >= session.len_tokens);
+        let sampled = if end >= session.len_tokens { end - session.len_tokens + 1 } else { 0 };
         f64::from(end.min(prompt) - start.min(prompt)) * charges.prefill
             + f64::from(session.cached_ahead().min(prompt)) * charges.cached
             + f64::from(sampled) * charges.generated
@@ -238,12 +261,13 @@ impl FairShare {
     fn sort(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) {
         self.order.clear();
         self.queue.clear();
-        for (index, &Row { account, demand, prefix, holds, .. }) in self.rows.iter().enumerate() {
+        for (index, &Row { account, demand, prefix, holds, resumes, .. }) in self.rows.iter().enumerate() {
             if demand == 0 {
                 continue;
             }
             let standing = &self.accounts.get(account as usize).now;
-            let rank = rank(standing.level, holds, prefix, standing.fraction, index);
+            let level = if resumes { 0 } else { standing.level };
+            let rank = rank(level, holds, prefix, standing.fraction, index);
             if !holds {
                 self.queue.push(rank);
                 continue;
@@ -290,8 +314,10 @@ impl FairShare {
                 self.room.take(view, session);
                 walk.named += 1;
                 let decodes = holds && self.rows[index].demand == 1;
+                let promised = if holds { 0.0 } else { self.promise(index, session) };
                 let standing = self.accounts.now(account);
                 standing.named += 1;
+                standing.promised += promised;
                 standing.allowance -= charge;
                 standing.decodes_due -= if decodes { charge } else { 0.0 };
                 if cap == 0 {
@@ -317,22 +343,32 @@ impl FairShare {
     /// The cap of the session's chunk, 0 for none, and what the chunk is charged; `None` if its tenant may be
     /// given nothing more.
     fn allowed(&self, view: &StepView<'_>, index: usize, session: &SessionView) -> Option<(u32, f64)> {
-        let Row { account, demand, holds, .. } = self.rows[index];
+        let Row { account, demand, holds, resumes, .. } = self.rows[index];
         let standing = &self.accounts.get(account as usize).now;
-        if standing.allowance == f64::INFINITY {
-            return Some((0, 0.0));
-        }
         let tokens = demand.min(view.token_budget);
         let charge = self.charge(session, tokens);
+        if resumes {
+            return Some((0, charge));
+        }
+        let promise = if holds { 0.0 } else { self.promise(index, session) };
+        if promise > 0.0 && standing.promised > 0.0 && standing.promised + promise > standing.allowance {
+            return None;
+        }
         let decodes = holds && demand == 1;
         let allowance = standing.allowance - if decodes { 0.0 } else { standing.decodes_due };
-        if charge <= allowance {
+        if !standing.limited || charge <= allowance {
             return Some((0, charge));
         }
         let charges = self.accounts.charges();
         let cached = f64::from(session.cached_ahead().min(session.prompt_tokens)) * charges.cached;
         let cap = ((allowance - cached) / charges.prefill).min(f64::from(demand - 1)).max(0.0) as u32;
         (cap > 0).then(|| (cap, self.charge(session, cap)))
+    }
+
+    /// Charge that a session without pages may come to before it gives them up again.
+    fn promise(&self, index: usize, session: &SessionView) -> f64 {
+        let goal = self.rows[index].goal;
+        if goal == 0 { 0.0 } else { self.charge(session, goal.saturating_sub(session.context_tokens())) }
     }
 
     fn reason(&self, account: usize, obstacle: &Obstacle) -> String {
@@ -478,6 +514,29 @@ mod tests {
         let decided = scene.schedule(&mut scheduler);
         assert_eq!(decided.running(), [1, 2, 3]);
         assert_eq!(verdict_of(&decided, 5).1, "what it lacks comes back with a step in flight");
+    }
+
+    #[test]
+    fn one_that_was_preempted_gets_on_before_it_pauses_or_goes_again() {
+        let mut scene = Scene::new(1.0);
+        scene.budgets.sessions = 2;
+        scene.prefilling(1, 0.0, 400, 150).preemptions = 0;
+        scene.of_tenant(1, 1.0);
+        scene.waiting(2, 0.5, 100);
+        scene.of_tenant(2, 1.0);
+        scene.waiting(3, 0.6, 100);
+        scene.of_tenant(2, 1.0);
+        let mut scheduler = fair(100);
+        (0..2).for_each(|_| drop(scene.schedule(&mut scheduler)));
+        // It loses 150 tokens and is back.
+        scene.sessions[0].preemptions = 1;
+        (scene.sessions[0].scheduled_tokens, scene.sessions[0].computed_tokens) = (16, 16);
+        serve(&mut scheduler, 1, 500);
+        assert_eq!(scene.schedule(&mut scheduler).running(), [1, 2], "500 ahead, and left alone");
+        scene.sessions[0].scheduled_tokens = 249;
+        assert_eq!(scene.schedule(&mut scheduler).running(), [1, 2]);
+        scene.sessions[0].scheduled_tokens = 250;
+        assert_eq!(scene.schedule(&mut scheduler).running(), [2, 3], "a quantum beyond what it lost");
     }
 
     #[test]

@@ -172,6 +172,27 @@ fn everybody_gets_an_answer_and_the_modest_one_soon() {
 }
 
 #[test]
+fn tenants_do_not_undo_each_others_prompts_for_ever() {
+    // One place, a prompt that takes more than its tenant may be ahead, and another that never stops asking.
+    for (weight, quantum) in [(0.1, 256), (0.02, 64), (1.0, 32)] {
+        let size = Size { places: 1, pages: 40, steps_in_flight: 1, ..ROOMY };
+        let mut scheduler = fair(quantum);
+        let mut machine = Machine::new(&mut scheduler, size);
+        let long = machine.add(Request { tenant: 1, weight, prompt: 300, answer: 40, shared: 0 });
+        let mut preempted = 0;
+        let finished = (0..20_000).any(|_| {
+            while machine.live(0) < 2 {
+                machine.add(Request { tenant: 0, weight: 1.0, prompt: 11, answer: 6, shared: 0 });
+            }
+            let happened = machine.step();
+            preempted += happened.preempted;
+            happened.finished.contains(&long)
+        });
+        assert!(finished && preempted > 0, "weight {weight}, quantum {quantum}: {preempted} preemptions");
+    }
+}
+
+#[test]
 fn a_tenant_whose_prefixes_are_cached_gets_no_more_than_another() {
     // Its sessions would go first for ever if the longest prefix were all that counted.
     let size = Size { places: 4, ..ROOMY };

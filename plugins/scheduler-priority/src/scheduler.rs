@@ -83,16 +83,16 @@ impl Priority {
         self.levels.resize(self.config.max_priority as usize + 1, 0);
         for (index, session) in (0..).zip(view.sessions.iter()) {
             let waited_s = self.waits.waited_s(session, view.now_s);
-            let runs = match session.state() {
-                SessionState::Held => continue,
-                SessionState::Prefilling | SessionState::Decoding => true,
-                _ if self.refused(session, decisions) => continue,
-                _ if admission::expired(view, session, self.config.queue_timeout_s, decisions) => continue,
-                _ => false,
-            };
             let (power, level) = (self.base(session), self.level(session, waited_s));
-            self.levels[level as usize] += 1;
-            self.candidates.push(Candidate { index, level, power, runs });
+            let candidate = Candidate::new(session, index, level, power);
+            let out = session.state() == SessionState::Held
+                || (!candidate.runs
+                    && (self.refused(session, decisions)
+                        || admission::expired(view, session, self.config.queue_timeout_s, decisions)));
+            if !out {
+                self.levels[level as usize] += 1;
+                self.candidates.push(candidate);
+            }
         }
     }
 

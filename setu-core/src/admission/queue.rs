@@ -6,7 +6,7 @@
 use super::ranked::{Entry, Ranked};
 use crate::ids::SessionId;
 use crate::scheduler::{Decisions, Preemption};
-use crate::view::{SessionView, StepView};
+use crate::view::{SessionState, SessionView, StepView};
 
 /// A session that runs or wants to, in its place in the order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +18,15 @@ pub struct Candidate {
     /// It takes the places of those that run at levels under this.
     pub power: u32,
     pub runs: bool,
+    /// It was preempted, and steps in flight still use its pages and its place.
+    pub returns: bool,
+}
+
+impl Candidate {
+    pub fn new(session: &SessionView, index: u32, level: u32, power: u32) -> Candidate {
+        let runs = matches!(session.state(), SessionState::Prefilling | SessionState::Decoding);
+        Candidate { index, level, power, runs, returns: !runs && session.steps_in_flight > 0 }
+    }
 }
 
 /// See the [module](self). Kept between steps for its memory.
@@ -45,7 +54,7 @@ impl Queue {
         for candidate in candidates {
             if candidate.runs {
                 self.ranked.runs(view, candidate.index, candidate.level);
-            } else if view.sessions.get(candidate.index as usize).is_some_and(|session| session.steps_in_flight > 0) {
+            } else if candidate.returns {
                 self.ranked.returns();
             }
         }
@@ -55,15 +64,20 @@ impl Queue {
         let mut blocker: Option<(SessionId, &Candidate)> = None;
         let mut next = None;
         for candidate in candidates {
-            let index = candidate.index as usize;
-            let Some(session) = view.sessions.get(index).filter(|_| !self.preempted[index]) else { continue };
+            if !candidate.runs && blocker.is_some() && !recording {
+                continue;
+            }
+            let Some(session) = view.sessions.get(candidate.index as usize) else { continue };
+            if self.preempted[candidate.index as usize] {
+                // Nor is it overtaken by those behind it.
+                blocker = blocker.or(Some((session.id, candidate)));
+                continue;
+            }
             if !candidate.runs {
                 let waits_for = match blocker {
                     Some((id, before)) => {
-                        if recording {
-                            let urgency = view.sessions.get(before.index as usize).map(|session| why(session, before));
-                            decisions.wait(session.id, &format!("behind {id} {}", urgency.unwrap_or_default()));
-                        }
+                        let urgency = view.sessions.get(before.index as usize).map(|session| why(session, before));
+                        decisions.wait(session.id, &format!("behind {id} {}", urgency.unwrap_or_default()));
                         continue;
                     }
                     None => self.admit(view, session, candidate, decisions, &why),

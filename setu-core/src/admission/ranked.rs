@@ -3,8 +3,11 @@
 //! Every session that runs has a level, and every session that wants in has a power: those that run at a
 //! level under its power need not be left anything, and are preempted where it doesn't fit otherwise, the
 //! last of them first, no more of them than it takes, and only if that lets it in. What those at its power
-//! or above may come to need stays set aside. A policy in which a session never runs at a level under its
+//! or above need, and a page for each to grow into, stays set aside; but nobody is preempted for pages that
+//! may be grown into some day, since whoever then is last in the order gives way anyway. A policy in which a session never runs at a level under its
 //! power is so free of thrashing: who took a place from another can't lose it to the same.
+
+use std::ops::RangeInclusive;
 
 use super::{Room, Shortage, claim};
 use crate::view::{SessionView, StepView};
@@ -21,6 +24,9 @@ pub struct Ranked {
     /// What is set aside for those that run: for each level from the least, for each KV group, at this level and
     /// (once summed) above.
     claims: Vec<i64>,
+    /// How many run at each level and (once summed) above, and how many were admitted: each has a spare page.
+    members: Vec<i64>,
+    admitted: i64,
     summed: bool,
     places: i64,
     /// Those that run and weren't considered as victims: index and level, the last to be preempted first.
@@ -53,6 +59,9 @@ impl Ranked {
         self.groups = view.kv_groups.len();
         self.claims.clear();
         self.claims.resize(self.groups * self.levels as usize, 0);
+        self.members.clear();
+        self.members.resize(self.levels as usize, 0);
+        self.admitted = 0;
         self.summed = false;
         self.places = i64::from(view.session_budget);
         self.running.clear();
@@ -88,6 +97,7 @@ impl Ranked {
         let entry = match self.shortage(view, session, power) {
             None => Entry::Free,
             Some(_) if self.inside == 0 => Entry::Free,
+            Some(_) if self.fits_into_spare_pages(view, session, power) => Entry::Free,
             Some(shortage) if self.returning => Entry::Soon(shortage),
             Some(_) => match self.make_room(view, session, power) {
                 Some(shortage) => Entry::Full(shortage),
@@ -97,6 +107,7 @@ impl Ranked {
         if matches!(entry, Entry::Free | Entry::ByPreemption { .. }) {
             self.room.take(view, session);
             self.places -= 1;
+            self.admitted += 1;
             self.inside += 1;
         }
         entry
@@ -114,6 +125,19 @@ impl Ranked {
         let first = power as usize * self.groups;
         let aside = self.claims.get(first..first + self.groups).unwrap_or_default();
         self.room.shortage_beside(view, session, aside)
+    }
+
+    /// Whether only the pages that others may grow into are missing, and somebody less urgent would give way to them.
+    fn fits_into_spare_pages(&mut self, view: &StepView<'_>, session: &SessionView, power: u32) -> bool {
+        let somebody_gives_way = self.running.last().is_some_and(|&(_, level)| level < power);
+        if !somebody_gives_way || self.places <= 0 {
+            return false;
+        }
+        let spare = self.admitted + self.members.get(power as usize).copied().unwrap_or(0);
+        self.room.change_by(spare);
+        let fits = self.shortage(view, session, power).is_none();
+        self.room.change_by(-spare);
+        fits
     }
 
     /// Fills `victims` with those whose preemption lets `session` in, or tells what it lacks even so.
@@ -174,17 +198,12 @@ impl Ranked {
         self.victims().any(in_flight)
     }
 
-    fn change_claims(
-        &mut self,
-        view: &StepView<'_>,
-        session: &SessionView,
-        levels: std::ops::RangeInclusive<u32>,
-        sign: i64,
-    ) {
-        for (index, group) in view.kv_groups.iter().enumerate() {
-            let pages = sign * claim(view, group, session);
-            for level in levels.clone() {
-                self.claims[level as usize * self.groups + index] += pages;
+    /// Adds what `session` claims, times `sign`, to some levels.
+    fn change_claims(&mut self, view: &StepView<'_>, session: &SessionView, levels: RangeInclusive<u32>, sign: i64) {
+        for level in levels {
+            self.members[level as usize] += sign;
+            for (index, group) in view.kv_groups.iter().enumerate() {
+                self.claims[level as usize * self.groups + index] += sign * claim(view, group, session);
             }
         }
     }
@@ -193,6 +212,9 @@ impl Ranked {
         if !std::mem::replace(&mut self.summed, true) {
             for at in (0..self.claims.len().saturating_sub(self.groups)).rev() {
                 self.claims[at] += self.claims[at + self.groups];
+            }
+            for level in (1..self.members.len()).rev() {
+                self.members[level - 1] += self.members[level];
             }
         }
     }

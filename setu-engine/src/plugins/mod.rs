@@ -34,33 +34,47 @@ pub struct PluginOptions {
 /// # Errors
 /// A folder can't be read, or a pin is no digest. A file that can't be used is no error but listed.
 pub fn discover(folders: &[PathBuf], options: &PluginOptions, registries: &mut Registries) -> Result<PluginReport> {
-    let pins = options.pins.iter().map(|pin| parse_pin(pin)).collect::<Result<Vec<_>>>()?;
+    let pins = parse_pins(options)?;
     let mut report = PluginReport::default();
     for folder in folders {
         for path in plugin_files(folder)? {
-            match load::load(&path, &pins) {
-                Ok(plugins) => {
-                    for (mut loaded, plugin) in plugins {
-                        let replaced = plugin.register(&loaded.source(), registries);
-                        loaded.note_replaced(&replaced);
-                        tracing::info!(
-                            path = %path.display(),
-                            package = loaded.package,
-                            version = loaded.version,
-                            components = loaded.components.len(),
-                            "loaded a plugin"
-                        );
-                        report.loaded.push(loaded);
-                    }
-                }
-                Err(rejection) => {
-                    tracing::warn!(path = %path.display(), reason = rejection.reason, "rejected a plugin");
-                    report.rejected.push(rejection);
-                }
-            }
+            add_file(&path, &pins, registries, &mut report);
         }
     }
     Ok(report)
+}
+
+/// Loads one file, wherever it lies, and registers what it holds.
+///
+/// # Errors
+/// A pin is no digest. A file that can't be used is no error but listed.
+pub fn add(path: &Path, options: &PluginOptions, registries: &mut Registries) -> Result<PluginReport> {
+    let mut report = PluginReport::default();
+    add_file(path, &parse_pins(options)?, registries, &mut report);
+    Ok(report)
+}
+
+fn add_file(path: &Path, pins: &[String], registries: &mut Registries, report: &mut PluginReport) {
+    match load::load(path, pins) {
+        Ok(plugins) => {
+            for (mut loaded, plugin) in plugins {
+                let replaced = plugin.register(&loaded.source(), registries);
+                loaded.note_replaced(&replaced);
+                tracing::info!(
+                    path = %path.display(),
+                    package = loaded.package,
+                    version = loaded.version,
+                    components = loaded.components.len(),
+                    "loaded a plugin"
+                );
+                report.loaded.push(loaded);
+            }
+        }
+        Err(rejection) => {
+            tracing::warn!(path = %path.display(), reason = rejection.reason, "rejected a plugin");
+            report.rejected.push(rejection);
+        }
+    }
 }
 
 /// Checks that each of `packages`, which the program means to link in, has registered something: a linker
@@ -100,6 +114,10 @@ fn plugin_files(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     Ok(files)
+}
+
+fn parse_pins(options: &PluginOptions) -> Result<Vec<String>> {
+    options.pins.iter().map(|pin| parse_pin(pin)).collect()
 }
 
 /// The digest in lower case.

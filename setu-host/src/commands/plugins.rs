@@ -1,4 +1,4 @@
-//! `setu plugins list|inspect`.
+//! `setu plugins list|inspect|check`.
 
 use std::path::PathBuf;
 
@@ -8,13 +8,14 @@ use setu_core::component::ComponentKind;
 use setu_core::registry::Source;
 use setu_core::{Registries, Registry};
 
-use super::print_line;
+use super::{check, print_line};
 use crate::cli::Failure;
 use crate::setup::Setup;
 
 pub fn main(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
     match matches.subcommand() {
         Some(("inspect", matches)) => inspect(matches),
+        Some(("check", matches)) => check::main(matches, setup),
         Some((_, matches)) => list(matches, setup),
         None => Ok(()),
     }
