@@ -32,6 +32,15 @@ pub struct Due {
     pub least_s: f64,
 }
 
+/// The time that the rest of a prompt takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Prefill {
+    /// Beside what decodes now.
+    pub need_s: f64,
+    /// If everybody else stopped.
+    pub least_s: f64,
+}
+
 /// What is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
@@ -88,21 +97,24 @@ impl Forecast {
         Some(forecast)
     }
 
-    /// Seconds until the prompt of `session` is computed, beside what decodes now.
-    pub fn prefill_s(&self, session: &SessionView) -> f64 {
-        let steps = f64::from(tokens_left(session).div_ceil(self.chunk));
-        self.prefill_alone_s(session) + self.factor * steps * self.decodes_s
-    }
-
-    fn prefill_alone_s(&self, session: &SessionView) -> f64 {
-        match tokens_left(session) {
-            0 => 0.0,
-            tokens => self.factor * self.model.prefill_s(tokens, session.context_tokens(), self.chunk),
+    /// What is left to compute of the prompt of `session`.
+    pub fn prefill(&self, session: &SessionView) -> Prefill {
+        // Where the answer has begun, its next token is nobody's prompt.
+        let tokens = match session.state() {
+            SessionState::Decoding => 0,
+            _ => session.pending_tokens().saturating_sub(session.cached_ahead()),
+        };
+        if tokens == 0 {
+            return Prefill::default();
         }
+        let least_s = self.factor * self.model.prefill_s(tokens, session.context_tokens(), self.chunk);
+        let steps = f64::from(tokens.div_ceil(self.chunk));
+        Prefill { need_s: least_s + self.factor * steps * self.decodes_s, least_s }
     }
 
-    /// The deadline of `session` that leaves the least time to spare; `None` where nothing of it is due.
-    pub fn due(&self, session: &SessionView, now_s: f64) -> Option<Due> {
+    /// The deadline of `session`, of whose prompt `prefill` is left, that leaves the least time to spare; `None`
+    /// where nothing of it is due.
+    pub fn due(&self, session: &SessionView, prefill: Prefill, now_s: f64) -> Option<Due> {
         let answers = session.generated_tokens > 0;
         let next_s = match session.state() {
             SessionState::Decoding => f64::INFINITY,
@@ -113,7 +125,7 @@ impl Forecast {
         if !next_s.is_finite() && !last_s.is_finite() {
             return None;
         }
-        let (need_s, least_s) = (self.prefill_s(session), self.prefill_alone_s(session));
+        let Prefill { need_s, least_s } = prefill;
         let what = if answers { What::NextToken } else { What::FirstToken };
         let next = next_s.is_finite().then_some(Due { what, at_s: next_s, need_s, least_s });
         let last = last_s.is_finite().then(|| {
@@ -146,12 +158,4 @@ impl Forecast {
         let expected = if self.lengths_known { session.expected_tokens.min(session.max_tokens) } else { 1 };
         expected.saturating_sub(session.generated_tokens.max(1))
     }
-}
-
-/// Tokens to compute before the next one of the answer.
-fn tokens_left(session: &SessionView) -> u32 {
-    if session.state() == SessionState::Decoding {
-        return 0;
-    }
-    session.pending_tokens().saturating_sub(session.cached_ahead())
 }

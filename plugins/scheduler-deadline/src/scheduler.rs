@@ -20,7 +20,7 @@ use setu_core::admission::queue::{Candidate, Queue};
 use setu_core::prelude::*;
 
 use crate::config::{DeadlineConfig, Hopeless, Order};
-use crate::forecast::{Due, Forecast};
+use crate::forecast::{Due, Forecast, Prefill};
 use crate::key::Key;
 
 const RELEGATED: u32 = 0;
@@ -104,11 +104,12 @@ impl Deadline {
         self.prefill_s.clear();
         // More sessions than a key can tell apart wait for others to end.
         for (index, session) in (0..Key::MOST_SESSIONS).zip(view.sessions.iter()) {
-            self.prefill_s.push(forecast.map_or(0.0, |forecast| forecast.prefill_s(session) as f32));
+            let prefill = forecast.map_or(Prefill::default(), |forecast| forecast.prefill(session));
+            self.prefill_s.push(prefill.need_s as f32);
             if session.state() == SessionState::Held {
                 continue;
             }
-            let due = forecast.and_then(|forecast| forecast.due(session, now_s));
+            let due = forecast.and_then(|forecast| forecast.due(session, prefill, now_s));
             let hopeless = due.filter(|due| due.is_hopeless(now_s));
             if let Some(due) = hopeless.filter(|_| self.config.hopeless == Hopeless::Reject) {
                 self.reject(session, decisions, None, || {
@@ -119,7 +120,7 @@ impl Deadline {
             }
             let (level, urgency) = self.standing(forecast, session, due, now_s);
             let is_new = due.is_some() && hopeless.is_none() && self.is_new(session);
-            self.keys.push(Key::new(level, urgency, index, is_new));
+            self.keys.push(Key::new(&Candidate::new(session, index, level, level), urgency, is_new));
         }
         self.keys.sort_unstable();
     }
@@ -157,10 +158,12 @@ impl Deadline {
         let mut before = Before::default();
         for position in 0..self.keys.len() {
             let key = self.keys[position];
-            let session = &view.sessions[key.index() as usize];
+            // A gap's limit is no reason to take a place from others; a place that one has is kept.
+            let candidate = key.candidate(|level| level.min(DUE));
             if let Some(forecast) = forecast.filter(|_| key.is_new()) {
+                let session = &view.sessions[candidate.index as usize];
                 let wait_s = before.wait_s(forecast, view);
-                let due = forecast.due(session, now_s);
+                let due = forecast.due(session, forecast.prefill(session), now_s);
                 if let Some(due) = due.filter(|due| wait_s > due.slack_s(now_s)) {
                     // Once that much of the work before it is done, another try may fit.
                     self.reject(session, decisions, Some(wait_s - due.slack_s(now_s)), || {
@@ -174,9 +177,7 @@ impl Deadline {
                 }
                 self.let_in(session);
             }
-            // A gap's limit is no reason to take a place from others; a place that one has is kept.
-            let candidate = Candidate::new(session, key.index(), key.level(), key.level().min(DUE));
-            before.prefill_s += f64::from(self.prefill_s[key.index() as usize]);
+            before.prefill_s += f64::from(self.prefill_s[candidate.index as usize]);
             before.waiting += u32::from(!candidate.runs);
             self.order.push(candidate);
         }
@@ -237,7 +238,7 @@ fn deadline_s(session: &SessionView) -> f64 {
 }
 
 fn urgency(forecast: Option<&Forecast>, session: &SessionView, candidate: &Candidate, now_s: f64) -> String {
-    let due = forecast.and_then(|forecast| forecast.due(session, now_s));
+    let due = forecast.and_then(|forecast| forecast.due(session, forecast.prefill(session), now_s));
     let hopeless = due.filter(|due| due.is_hopeless(now_s));
     match (candidate.level, due) {
         (GAPS, _) => format!("whose tokens are due every {:.3} s", session.itl_limit_s),
