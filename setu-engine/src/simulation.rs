@@ -158,7 +158,7 @@ pub fn run(parts: Parts, mut settings: Settings, requests: &[TimedRequest]) -> R
         settings.engine.policy_budget_us = 0;
     }
     let mut run = Run::new(Core::new(parts, settings, clock)?, requests);
-    run.to_the_end()?;
+    run.run_all()?;
     let records = run
         .records
         .into_iter()
@@ -210,7 +210,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn to_the_end(&mut self) -> Result<()> {
+    fn run_all(&mut self) -> Result<()> {
         let clock = self.core.clock().clone();
         let mut worked_s = clock.now_s();
         loop {

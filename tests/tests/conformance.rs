@@ -93,7 +93,7 @@ fn planted_faults_are_found_and_told() {
             "scheduler/decisions",
             &["a decision about session_000003", "which is not live", "step 1 ", "sees"],
         ),
-        ("moody", "scheduler/same input, same decisions", &["of two that were told the same", "to run", "step 1 "]),
+        ("moody", "scheduler/same input, same decisions", &["of two that were told the same", "to run", "step "]),
         ("slow", "scheduler/time/10000 sessions", &["10000 live sessions takes", "1ms is the limit"]),
         ("over_budget", "batcher/chunks", &["tokens in one step, over the budget of", "step 1 ", "gives"]),
     ];

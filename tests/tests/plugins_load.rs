@@ -206,7 +206,7 @@ fn files_that_are_no_plugins_are_refused_with_a_sentence() {
             with(description + 16, &newer),
             RejectionKind::OtherAbi,
             format!(
-                "it is built for ABI 0.{minor}, and this Setu loads plugins for ABI {ABI}: build the plugin with the \
+                "it is built for ABI 0.{minor}, and this Setu loads plugins for ABI {OLDEST} to {ABI}: build the plugin with the \
                  setu-core of this Setu, 0.1.0, or use a Setu for ABI 0.{minor}",
                 minor = ABI.minor + 1
             ),

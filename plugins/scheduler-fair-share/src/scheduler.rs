@@ -520,7 +520,7 @@ mod tests {
     fn one_that_was_preempted_gets_on_before_it_pauses_or_goes_again() {
         let mut scene = Scene::new(1.0);
         scene.budgets.sessions = 2;
-        scene.prefilling(1, 0.0, 400, 150).preemptions = 0;
+        scene.prefilling(1, 0.0, 400, 150);
         scene.of_tenant(1, 1.0);
         scene.waiting(2, 0.5, 100);
         scene.of_tenant(2, 1.0);
@@ -536,7 +536,7 @@ mod tests {
         scene.sessions[0].scheduled_tokens = 249;
         assert_eq!(scene.schedule(&mut scheduler).running(), [1, 2]);
         scene.sessions[0].scheduled_tokens = 250;
-        assert_eq!(scene.schedule(&mut scheduler).running(), [2, 3], "a quantum beyond what it lost");
+        assert_eq!(scene.schedule(&mut scheduler).running(), [2], "a quantum beyond what it lost");
     }
 
     #[test]

@@ -569,12 +569,12 @@ mod tests {
         let cases = [
             (r#"{"event":"levitated","height_m":[1,2]}"#, Some(Record::Unknown)),
             (
-                r#"{"event":"swapped","time_s":1,"step":2,"kind":"scheduler","component":"fcfs","mood":{"a":[]}}"#,
+                r#"{"event":"swapped","time_s":1,"step":2,"kind":"scheduler","component":"first","mood":{"a":[]}}"#,
                 Some(Record::Swapped(Swapped {
                     time_s: 1.0,
                     step: 2,
                     kind: "scheduler".to_owned(),
-                    component: "fcfs".to_owned(),
+                    component: "first".to_owned(),
                 })),
             ),
             (r#"{"event":"ended","time_s":1,"session":"7","outcome":"stop"}"#, None),

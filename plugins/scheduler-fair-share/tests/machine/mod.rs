@@ -109,7 +109,10 @@ impl<'a> Machine<'a> {
         self.scene.sessions.iter().filter(|session| session.tenant.0 == tenant).count()
     }
 
-    pub fn add(&mut self, request: Request) -> u64 {
+    /// Adds a session; one that the pages could never hold is cut.
+    pub fn add(&mut self, mut request: Request) -> u64 {
+        request.prompt = request.prompt.min(self.size.pages * PAGE / 2);
+        request.answer = request.answer.min(self.size.pages * PAGE - request.prompt);
         let id = self.next_id;
         self.next_id += 1;
         self.requests.insert(id, request);
