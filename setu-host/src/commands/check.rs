@@ -24,6 +24,9 @@ use crate::serving::OpenModel;
 use crate::settings::RootConfig;
 use crate::setup::Setup;
 
+/// A suite of the conformance kit for components of one kind, which it makes as often as it likes.
+type Suite<'a, C> = dyn Fn(&mut dyn FnMut() -> Box<C>) -> Report + 'a;
+
 /// The setting whose flag, `--model`, names a checkpoint that model components must take.
 const MODEL_NAME: &str = "model.name";
 
@@ -138,11 +141,7 @@ impl Job<'_> {
     }
 
     /// Checks the components of one kind.
-    fn each<C: ComponentKind + ?Sized>(
-        &mut self,
-        registry: &Registry<C>,
-        suite: &dyn Fn(&mut dyn FnMut() -> Box<C>) -> Report,
-    ) {
+    fn each<C: ComponentKind + ?Sized>(&mut self, registry: &Registry<C>, suite: &Suite<C>) {
         let wanted = |entry: &&Entry<C>| self.wanted.is_none_or(|wanted| wanted == (C::KIND, entry.key.as_str()));
         let entries: Vec<&Entry<C>> = registry.list().iter().filter(wanted).collect();
         for entry in entries {
@@ -175,11 +174,7 @@ impl Job<'_> {
 }
 
 /// What `suite` finds of a component, or that it can't be built.
-fn conformance<C: ?Sized>(
-    entry: &Entry<C>,
-    options: &str,
-    suite: &dyn Fn(&mut dyn FnMut() -> Box<C>) -> Report,
-) -> Report {
+fn conformance<C: ?Sized>(entry: &Entry<C>, options: &str, suite: &Suite<C>) -> Report {
     // A suite has no use for errors of construction; one that comes later than here is as good as a panic.
     let mut make = || (entry.build)(options).unwrap_or_else(|error| panic!("it can't be built: {error}"));
     let found = caught(|| {

@@ -33,10 +33,12 @@ impl Device {
     }
 
     pub fn settings(&self) -> Settings {
-        let mut engine = EngineConfig::default();
-        engine.max_step_tokens = self.max_step_tokens;
-        engine.max_sessions = self.max_sessions;
-        engine.max_queue = u32::MAX;
+        let engine = EngineConfig {
+            max_step_tokens: self.max_step_tokens,
+            max_sessions: self.max_sessions,
+            max_queue: u32::MAX,
+            ..EngineConfig::default()
+        };
         Settings { engine, kv: KvConfig::default(), max_model_len: self.max_model_len }
     }
 }
