@@ -47,7 +47,7 @@ fn workload(sessions: u32) -> Vec<TimedRequest> {
         request.max_tokens = request.output_tokens + dice.between(0, 30);
         request.tenant = TenantId(n % 3);
         request.tenant_weight = f64::from(1 + n % 3);
-        request.priority = (n % 4 != 0).then_some((n % 11) as i32);
+        request.priority = (!n.is_multiple_of(4)).then_some((n % 11) as i32);
         request.class = n % 2;
         if n.is_multiple_of(2) {
             request.deadlines = Deadlines { ttft_s: 2.0, itl_s: 0.2, total_s: 8.0 };

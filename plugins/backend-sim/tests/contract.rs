@@ -147,7 +147,8 @@ fn pages_are_as_many_as_asked_for() {
     let full = graph(&[KvGroupKind::Full]);
     let windowed = graph(&[KvGroupKind::Full, KvGroupKind::SlidingWindow { tokens: 20 }]);
     // 8 rows of 128 tokens, pages of 16; a page takes 16 × 8 × 4 bytes. A window's session holds 20 + 64 tokens.
-    let cases: [(&str, &Graph, u64, &[u32], std::result::Result<Vec<u32>, &str>); 8] = [
+    type Case<'a> = (&'a str, &'a Graph, u64, &'a [u32], std::result::Result<Vec<u32>, &'a str>);
+    let cases: [Case<'_>; 8] = [
         ("{}", &full, 0, &[], Ok(vec![72])),
         ("{}", &windowed, 0, &[], Ok(vec![72, 56])),
         ("{}", &full, 5120, &[], Ok(vec![10])),
