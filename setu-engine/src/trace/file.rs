@@ -182,7 +182,7 @@ mod tests {
             (b"\n\n", "line 1: this is no record of `setu run --trace`: EOF while parsing a value"),
             (b"[backend]\ntype = \"sim\"\n", "line 1: this is no record"),
             (b"\x7fELF\x02\x01\x01\x00", "line 1: this is no record"),
-            (HEAD[..20].as_bytes(), "line 1: this is no record of `setu run --trace`: it is cut off"),
+            (&HEAD.as_bytes()[..20], "line 1: this is no record of `setu run --trace`: it is cut off"),
             (STEP.as_bytes(), "line 1: the record's beginning, an event \"trace\", is missing"),
             (
                 b"{\"event\":\"trace\",\"version\":7,\"engine\":\"9.1\",\"time_s\":0}\n",
