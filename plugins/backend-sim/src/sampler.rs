@@ -71,7 +71,8 @@ mod tests {
     fn only_allowed_tokens_are_drawn_and_all_of_them() {
         let most: Vec<u32> = (0..VOCAB).filter(|token| token % 7 != 3).collect();
         // (avoided, mask, what can be drawn)
-        let cases: [(&[u32], Option<[u32; 3]>, Vec<u32>); 5] = [
+        type Case<'a> = (&'a [u32], Option<[u32; 3]>, Vec<u32>);
+        let cases: [Case<'_>; 5] = [
             (&[], None, (0..VOCAB).collect()),
             (&[0, 69], None, (1..69).collect()),
             (&most, None, (0..10).map(|n| 7 * n + 3).collect()),

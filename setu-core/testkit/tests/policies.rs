@@ -167,7 +167,8 @@ fn fill(view: &StepView<'_>, ready: &[u32], chunks: &mut Chunks<'_>) {
 
 #[test]
 fn what_is_wrong_with_a_batcher_is_found_and_told() {
-    let cases: [(&str, Batch, fn(&mut BatcherProperties), &str); 7] = [
+    type Case<'a> = (&'a str, Batch, fn(&mut BatcherProperties), &'a str);
+    let cases: [Case<'_>; 7] = [
         ("chunks", |view, ready, chunks| chunks.give(ready[0], view.token_budget + 1), |_| (), "pending"),
         (
             "chunks",
