@@ -178,6 +178,20 @@ fn everybody_gets_an_answer_and_the_modest_one_soon() {
 }
 
 #[test]
+fn answers_that_a_batcher_prefers_do_not_crowd_prompts_out() {
+    // Decodes go first and fill what the batcher gives a step: prompts are left a token.
+    let size = Size { tokens: 64, batch_tokens: 8, chunk_tokens: 64, places: 20, pages: 2000, steps_in_flight: 1 };
+    let answers = Habit { prompt: 5, answer: 2000, at_once: 30, ..Habit::FLOOD };
+    // With more prompts than places nobody falls behind; one that is never passed over gets most of what it would.
+    for (at_once, least) in [(30, 0.9), (1, 0.5)] {
+        let prompts = Habit { prompt: 1500, answer: 2, at_once, ..Habit::FLOOD };
+        let outcome = run(&mut fair(256), size, &[answers, prompts], 3000, &mut Rng::new(4));
+        assert!(outcome.served[&1] > least * outcome.served[&0], "{at_once}: {outcome:?}");
+        assert!(outcome.most_apart < 4.0 * 256.0 + 3.0 * f64::from(64 + 2 * 20), "{at_once}: {outcome:?}");
+    }
+}
+
+#[test]
 fn tenants_do_not_undo_each_others_prompts_for_ever() {
     // One place, a prompt that takes more than its tenant may be ahead, and another that never stops asking.
     for (weight, quantum) in [(0.1, 256), (0.02, 64), (1.0, 32)] {
