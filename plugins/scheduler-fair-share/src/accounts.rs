@@ -369,6 +369,18 @@ mod tests {
     }
 
     #[test]
+    fn who_begins_to_wait_is_owed_two_quanta_at_most() {
+        let mut accounts = accounts();
+        step(&mut accounts, &[1, 2], &[1, 2]);
+        // For a while 2 gets all that it asks for, and 1 much more.
+        serve(&mut accounts, 1, 1000);
+        step(&mut accounts, &[1, 2], &[]);
+        assert_eq!(counter(&accounts, 2), 0.0);
+        step(&mut accounts, &[1, 2], &[2]);
+        assert_eq!((counter(&accounts, 1), counter(&accounts, 2)), (1000.0, 800.0));
+    }
+
+    #[test]
     fn waiting_by_turns_keeps_what_is_owed() {
         let mut accounts = accounts();
         step(&mut accounts, &[1, 2], &[1, 2]);
