@@ -8,8 +8,8 @@ use setu_core::ids::TenantId;
 use setu_engine::plugins::{PluginOptions, discover};
 use setu_engine::request::{Deadlines, FinishReason};
 use setu_engine::simulation::{Prompt, Report, TimedRequest};
-use setu_tests::experiments::fairness;
 use setu_tests::experiments::world::{Chosen, Device, Dice, Policies, simulate};
+use setu_tests::experiments::{chunking, fairness};
 use setu_tests::extensions::{cdylib, plugin_folder};
 use setu_tests::program::run;
 use setu_tests::tiny_files::gguf_file;
@@ -112,6 +112,24 @@ fn files_decide_as_what_is_linked_in() {
         let (one, other) = (simulated(&linked_in, policies, &requests), simulated(&dropped_in, policies, &requests));
         assert_eq!(one.sessions, other.sessions, "{policies:?}");
         assert_eq!((one.stats.steps, one.stats.preemptions), (other.stats.steps, other.stats.preemptions));
+    }
+}
+
+/// The requirement: a p99 gap of at most 1.5 × the target, prefill within 10 % of the best constant size.
+#[test]
+fn a_long_prompt_neither_stalls_answers_nor_is_stalled() {
+    let registries = Registries::linked_in();
+    for (place, device, targets_ms) in chunking::places() {
+        let constants = chunking::constants(&registries, &device).unwrap();
+        for target_ms in targets_ms {
+            let target_s = target_ms * 1e-3;
+            let dynamic =
+                chunking::trial(&registries, &device, ("dynamic_chunk", &chunking::dynamic(target_ms))).unwrap();
+            let (size, best) = chunking::best(&constants, target_s).expect("a constant size that keeps the target");
+            assert!(dynamic.p99_s <= 1.5 * target_s, "{place}, {target_ms} ms: {dynamic:?}");
+            let rate = dynamic.prefill_tokens_per_s / best.prefill_tokens_per_s;
+            assert!(rate >= 0.9, "{place}, {target_ms} ms: {rate} of what chunks of {size} get: {dynamic:?}");
+        }
     }
 }
 

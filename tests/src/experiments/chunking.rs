@@ -68,12 +68,12 @@ pub fn trial(registries: &Registries, device: &Device, batcher: (&str, &str)) ->
     Ok(outcome(&report, PROMPT))
 }
 
-/// Every multiple of `step` up to 1024 as a constant chunk size.
+/// Every multiple of 16 up to 1024 as a constant chunk size.
 ///
 /// # Errors
 /// As [`trial`].
-pub fn constants(registries: &Registries, device: &Device, step: u32) -> Result<Vec<(u32, Outcome)>> {
-    let sizes = (step..=1024).step_by(step as usize);
+pub fn constants(registries: &Registries, device: &Device) -> Result<Vec<(u32, Outcome)>> {
+    let sizes = (16..=1024).step_by(16);
     let run = |size| Ok((size, trial(registries, device, ("fixed_chunk", &format!(r#"{{"chunk_tokens": {size}}}"#)))?));
     sizes.map(run).collect()
 }
@@ -98,7 +98,7 @@ pub fn experiment(out: &Path) -> Result<Option<Section>> {
          nothing of the device beforehand. Step times vary by 3 % at random.\n"
     );
     for (name, device, targets_ms) in places() {
-        let constants = constants(&registries, &device, 16)?;
+        let constants = constants(&registries, &device)?;
         let mut chart = Chart::new(
             &format!("A prompt of {PROMPT} tokens among {ANSWERS} answers ({name})"),
             "p99 gap between tokens of the answers, ms",
