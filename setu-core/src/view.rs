@@ -327,6 +327,7 @@ unsafe impl Row for StepTimeModel {}
 
 impl StepTimeModel {
     /// Predicted seconds for `work`, 0 while nothing is known.
+    #[inline]
     pub fn predict(&self, work: &StepWork) -> f64 {
         self.base_s
             + self.prefill_token_s * f64::from(work.prefill_tokens)
@@ -336,11 +337,13 @@ impl StepTimeModel {
     }
 
     /// Whether enough steps were seen for predictions to mean something.
+    #[inline]
     pub fn is_known(&self) -> bool {
         self.predict(&StepWork { prefill_tokens: 1, decodes: 1, prefill_context: 1, decode_context: 1 }) > 0.0
     }
 
     /// What a chunk of `tokens` behind `context` tokens adds to a step, in seconds.
+    #[inline]
     pub fn chunk_s(&self, tokens: u32, context: u32) -> f64 {
         let mut work = StepWork::default();
         work.add_chunk(tokens, context);
@@ -349,6 +352,7 @@ impl StepTimeModel {
 
     /// Seconds that computing `tokens` prompt tokens behind `context` takes in steps of `chunk` tokens that hold
     /// nothing else.
+    #[inline]
     pub fn prefill_s(&self, tokens: u32, context: u32, chunk: u32) -> f64 {
         let steps = f64::from(tokens.div_ceil(chunk.max(1)));
         let mut work = StepWork::default();

@@ -32,8 +32,8 @@ const LEVELS: u32 = 4;
 /// Handles beyond are none that an engine gives; their sessions are never rejected early.
 const MOST_HANDLES: usize = 1 << 20;
 
-/// Most sessions that hear in one step why they are rejected; further ones wait for the next to hear it.
-const MOST_REJECTIONS: usize = 64;
+/// Most sessions that hear in one step by how much they would be late; further ones hear that they would be.
+const MOST_EXPLAINED: usize = 64;
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -43,7 +43,13 @@ pub struct Deadline {
     lengths_known: bool,
     /// By handle, the session that was let into the queue.
     welcome: Vec<Option<SessionId>>,
+    /// Those that run, then also those that wait and that a step could reach, in order.
     keys: Vec<Key>,
+    /// Those that wait and were let into the queue.
+    waiting: Vec<Key>,
+    /// Those that may yet be turned away, and for each the work between the one before and itself.
+    newcomers: Vec<Key>,
+    work: Vec<Work>,
     /// By index into the view, time until the prompt is computed.
     prefill_s: Vec<f32>,
     order: Vec<Candidate>,
@@ -63,6 +69,9 @@ impl Component for Deadline {
             lengths_known: false,
             welcome: Vec::new(),
             keys: Vec::new(),
+            waiting: Vec::new(),
+            newcomers: Vec::new(),
+            work: Vec::new(),
             prefill_s: Vec::new(),
             order: Vec::new(),
             queue: Queue::default(),
@@ -76,7 +85,10 @@ impl Scheduler for Deadline {
         let forecast = Forecast::new(view, self.config.margin, self.lengths_known);
         self.rejected = 0;
         self.rank(view, forecast.as_ref(), decisions);
-        self.take_in(view, forecast.as_ref(), decisions);
+        if let Some(forecast) = forecast.as_ref().filter(|_| !self.newcomers.is_empty()) {
+            self.take_in(view, forecast, decisions);
+        }
+        self.sort(view, decisions);
         let now_s = view.now_s;
         self.queue.decide(view, &self.order, LEVELS, decisions, |session, candidate| {
             urgency(forecast.as_ref(), session, candidate, now_s)
@@ -97,10 +109,12 @@ impl Scheduler for Deadline {
 }
 
 impl Deadline {
-    /// Sorts those that may run, and rejects those that are hopeless.
+    /// Finds everybody's place in the order, and rejects those that are hopeless.
     fn rank(&mut self, view: &StepView<'_>, forecast: Option<&Forecast>, decisions: &mut Decisions<'_>) {
         let now_s = view.now_s;
         self.keys.clear();
+        self.waiting.clear();
+        self.newcomers.clear();
         self.prefill_s.clear();
         // More sessions than a key can tell apart wait for others to end.
         for (index, session) in (0..Key::MOST_SESSIONS).zip(view.sessions.iter()) {
@@ -120,9 +134,14 @@ impl Deadline {
             }
             let (level, urgency) = self.standing(forecast, session, due, now_s);
             let is_new = due.is_some() && hopeless.is_none() && self.is_new(session);
-            self.keys.push(Key::new(&Candidate::new(session, index, level, level), urgency, is_new));
+            let candidate = Candidate::new(session, index, level, level);
+            let keys = match candidate.runs || candidate.returns {
+                true => &mut self.keys,
+                false if is_new => &mut self.newcomers,
+                false => &mut self.waiting,
+            };
+            keys.push(Key::new(&candidate, urgency));
         }
-        self.keys.sort_unstable();
     }
 
     /// A session's level, and a number that is smaller the more urgent it is.
@@ -151,36 +170,59 @@ impl Deadline {
         }
     }
 
-    /// Makes the sorted keys candidates, without those that come too late to be on time.
-    fn take_in(&mut self, view: &StepView<'_>, forecast: Option<&Forecast>, decisions: &mut Decisions<'_>) {
+    /// Lets newcomers wait, but for those that come too late to be on time.
+    fn take_in(&mut self, view: &StepView<'_>, forecast: &Forecast, decisions: &mut Decisions<'_>) {
         let now_s = view.now_s;
-        self.order.clear();
-        let mut before = Before::default();
-        for position in 0..self.keys.len() {
-            let key = self.keys[position];
-            // A gap's limit is no reason to take a place from others; a place that one has is kept.
-            let candidate = key.candidate(|level| level.min(DUE));
-            if let Some(forecast) = forecast.filter(|_| key.is_new()) {
-                let session = &view.sessions[candidate.index as usize];
-                let wait_s = before.wait_s(forecast, view);
-                let due = forecast.due(session, forecast.prefill(session), now_s);
-                if let Some(due) = due.filter(|due| wait_s > due.slack_s(now_s)) {
-                    // Once that much of the work before it is done, another try may fit.
-                    self.reject(session, decisions, Some(wait_s - due.slack_s(now_s)), || {
-                        let (what, left_s, need_s) = (due.what, due.at_s - now_s, due.need_s);
-                        format!(
-                            "its {what} is due in {left_s:.3} s and takes {need_s:.3} s; the work before it takes \
-                             {wait_s:.3} s"
-                        )
-                    });
-                    continue;
-                }
-                self.let_in(session);
+        self.newcomers.sort_unstable();
+        self.work.clear();
+        self.work.resize(self.newcomers.len(), Work::default());
+        for &key in self.keys.iter().chain(&self.waiting) {
+            let next = self.newcomers.partition_point(|&newcomer| newcomer < key);
+            if let Some(work) = self.work.get_mut(next) {
+                work.add(self.prefill_s[key.index()], key.waits());
             }
-            before.prefill_s += f64::from(self.prefill_s[candidate.index as usize]);
-            before.waiting += u32::from(!candidate.runs);
-            self.order.push(candidate);
         }
+        let mut before = Work::default();
+        for position in 0..self.newcomers.len() {
+            let key = self.newcomers[position];
+            let session = &view.sessions[key.index()];
+            before.prefill_s += self.work[position].prefill_s;
+            before.waiting += self.work[position].waiting;
+            let wait_s = before.wait_s(forecast, view);
+            let due = forecast.due(session, forecast.prefill(session), now_s);
+            if let Some(due) = due.filter(|due| wait_s > due.slack_s(now_s)) {
+                // Once that much of the work before it is done, another try may fit.
+                self.reject(session, decisions, Some(wait_s - due.slack_s(now_s)), || {
+                    let (what, left_s, need_s) = (due.what, due.at_s - now_s, due.need_s);
+                    format!(
+                        "its {what} is due in {left_s:.3} s and takes {need_s:.3} s; the work before it takes \
+                         {wait_s:.3} s"
+                    )
+                });
+                continue;
+            }
+            self.let_in(session);
+            self.waiting.push(key);
+            before.add(self.prefill_s[key.index()], key.waits());
+        }
+    }
+
+    /// Puts those that run in order, and of those that wait as many as could be let in and one that couldn't.
+    fn sort(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) {
+        let most = view.session_budget as usize + 1;
+        if self.waiting.len() > most {
+            self.waiting.select_nth_unstable(most);
+            if decisions.is_recording() {
+                let reason = format!("behind {most} more urgent ones that wait");
+                self.waiting[most..].iter().for_each(|key| decisions.wait(view.sessions[key.index()].id, &reason));
+            }
+            self.waiting.truncate(most);
+        }
+        self.keys.append(&mut self.waiting);
+        self.keys.sort_unstable();
+        self.order.clear();
+        // A gap's limit is no reason to take a place from others; a place that one has is kept.
+        self.order.extend(self.keys.iter().map(|key| key.candidate(|level| level.min(DUE))));
     }
 
     fn reject(
@@ -190,9 +232,11 @@ impl Deadline {
         retry_after_s: Option<f64>,
         reason: impl FnOnce() -> String,
     ) {
-        if self.rejected < MOST_REJECTIONS {
-            self.rejected += 1;
+        self.rejected += 1;
+        if self.rejected <= MOST_EXPLAINED {
             decisions.reject(session.id, &reason(), retry_after_s);
+        } else {
+            decisions.reject(session.id, "its deadline can't be met", retry_after_s);
         }
     }
 
@@ -215,14 +259,19 @@ impl Deadline {
     }
 }
 
-/// The work before a session in the order.
+/// Work of sessions that stand together in the order.
 #[derive(Clone, Copy, Debug, Default)]
-struct Before {
+struct Work {
     prefill_s: f64,
     waiting: u32,
 }
 
-impl Before {
+impl Work {
+    fn add(&mut self, prefill_s: f32, waits: bool) {
+        self.prefill_s += f64::from(prefill_s);
+        self.waiting += u32::from(waits);
+    }
+
     /// Time until the next in the order can begin: prompts are computed one behind the other, and where all places
     /// are taken it waits for one as well.
     fn wait_s(&self, forecast: &Forecast, view: &StepView<'_>) -> f64 {

@@ -18,7 +18,7 @@ use setu_core::view::{SessionState, SessionView, StepOutcome, StepView, StepWork
 use setu_core::{Error, Result};
 
 use crate::arena::{Arena, InOrder, NOT_UTF8, Unwatched, Watch, Workload, any_workload, smallest};
-use crate::policy::speed::{Crowd, SIZES, median, timed};
+use crate::policy::speed::{Crowd, RUNNING, SIZES, median, timed};
 use crate::policy::{Options, hostile};
 use crate::report::{Checked, Recorder, Report, Stop, caught, fail};
 use crate::views::Scene;
@@ -241,12 +241,12 @@ fn time(recorder: &mut Recorder<'_>, make: Make<'_>, options: &Options, sessions
     let name = format!("batcher/time/{sessions} sessions");
     let mut median_s = None;
     recorder.check(&name, || {
-        let (mut batcher, mut crowd, mut given) = (make(), Crowd::new(sessions), ChunkBuffer::default());
+        let (mut batcher, mut crowd, mut given) = (make(), Crowd::new(sessions, RUNNING), ChunkBuffer::default());
         // More than any step holds: everybody is ready.
         crowd.scene.budgets.sessions = sessions as u32;
         crowd.scene.budgets.tokens = 2048 + sessions as u32;
         let ready: Vec<u32> = (0..sessions as u32).collect();
-        let took = median(|| {
+        let took = median(options.limit(), || {
             crowd.go_on();
             let (answer, took) = timed(|| {
                 batcher.observe(&crowd.scene.last_step);

@@ -1,7 +1,7 @@
 //! What the suites of schedulers and batchers share: how much is tested, views that no engine would show, and time.
 
 pub(crate) mod hostile;
-pub(crate) mod speed;
+pub mod speed;
 
 use std::time::Duration;
 

@@ -23,7 +23,7 @@ use setu_core::rows::Rows;
 use setu_core::scheduler::{DecisionBuffer, Scheduler, Verdict};
 
 use crate::arena::{Arena, DecodesFirst, NOT_UTF8, Unwatched, Watch, Workload, any_workload, smallest};
-use crate::policy::speed::{Crowd, SIZES, median, timed};
+use crate::policy::speed::{Crowd, RUNNING, SIZES, median, timed};
 use crate::policy::{Options, hostile};
 use crate::report::{Checked, Recorder, Report, Stop, caught, fail};
 use crate::views::Scene;
@@ -130,9 +130,11 @@ fn time(recorder: &mut Recorder<'_>, make: Make<'_>, options: &Options, sessions
     let name = format!("scheduler/time/{sessions} sessions");
     let mut median_s = None;
     recorder.check(&name, || {
-        let (mut scheduler, mut crowd, mut decisions) = (make(), Crowd::new(sessions), DecisionBuffer::default());
-        let took = median(|| {
-            let events = crowd.go_on();
+        let (mut scheduler, mut crowd, mut decisions) =
+            (make(), Crowd::new(sessions, RUNNING), DecisionBuffer::default());
+        let took = median(options.limit(), || {
+            let mut events = crowd.obey(&decisions);
+            events.extend(crowd.go_on());
             let (answer, took) = timed(|| {
                 scheduler.observe(Rows::new(&events));
                 let view = crowd.scene.view();
