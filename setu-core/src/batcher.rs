@@ -43,6 +43,8 @@ pub struct BatcherProperties {
     pub decodes_never_stall: bool,
     /// A step with decodes in it is predicted to take at most this long, unless the decodes alone take longer.
     pub target_step_s: Option<f64>,
+    /// Tokens of prompts that a step may hold whatever its target.
+    pub min_chunk_tokens: u32,
 }
 
 /// Where a batcher writes the chunks. Memory of the engine; nothing is allocated.

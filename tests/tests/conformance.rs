@@ -75,6 +75,27 @@ fn all_of_ours_conform_as_files() {
 }
 
 #[test]
+fn policies_of_ours_conform_whatever_their_settings() {
+    let settings: [(&str, &[&str]); 8] = [
+        ("scheduler/fcfs", &["--scheduler.queue_timeout_s", "0"]),
+        ("scheduler/priority", &["--scheduler.ageing_s", "0"]),
+        ("scheduler/priority", &["--scheduler.ageing_s", "0.5", "--scheduler.queue_timeout_s", "0"]),
+        ("scheduler/fair_share", &["--scheduler.quantum_tokens", "64", "--scheduler.queue_timeout_s", "0"]),
+        ("scheduler/deadline", &["--scheduler.order", "relative_slack"]),
+        ("scheduler/deadline", &["--scheduler.hopeless", "relegate", "--scheduler.patience_s", "0.5"]),
+        ("batcher/dynamic_chunk", &["--batcher.min_chunk_tokens", "0", "--batcher.target_step_ms", "8"]),
+        ("batcher/fixed_chunk", &["--batcher.chunk_tokens", "5"]),
+    ];
+    for (component, flags) in settings {
+        let (kind, key) = component.split_once('/').expect("kind/key");
+        let kind = format!("--{kind}");
+        let args: Vec<&str> = [component, "--fast", &kind, key].into_iter().chain(flags.iter().copied()).collect();
+        let (components, code, said) = check(&args);
+        assert_eq!((code, failures(&components)), (Some(0), Vec::<String>::new()), "{args:?}: {said}");
+    }
+}
+
+#[test]
 fn planted_faults_are_found_and_told() {
     let file = extension("planted-faults");
     let (components, code, said) = check(&[as_str(&file)]);

@@ -62,12 +62,12 @@ impl Batcher for DynamicChunk {
         self.learning.observe(outcome, self.config.target_step_ms * 1e-3);
     }
 
-    /// The target is declared where nothing goes before it: without a `min_chunk_tokens`.
     fn properties(&self) -> BatcherProperties {
         let mut properties = BatcherProperties::default();
         properties.work_conserving = true;
         properties.decodes_never_stall = true;
-        properties.target_step_s = (self.config.min_chunk_tokens == 0).then_some(self.config.target_step_ms * 1e-3);
+        properties.target_step_s = Some(self.config.target_step_ms * 1e-3);
+        properties.min_chunk_tokens = self.config.min_chunk_tokens;
         properties
     }
 }

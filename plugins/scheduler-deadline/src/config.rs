@@ -2,21 +2,22 @@
 
 use setu_core::config::{Config, ConfigEnum};
 
-/// Deadlines, the least slack first.
+/// Deadlines.
 #[derive(Config, Clone, Debug, PartialEq)]
 pub struct DeadlineConfig {
     /// What makes a session more urgent than another.
-    #[config(default = Order::RelativeSlack)]
+    #[config(default = Order::Deadline)]
     pub order: Order,
     /// With the order `deadline`: how much the time of a session's remaining work counts beside its deadline. 0 is
-    /// earliest deadline first, -1 least slack first; over 0 favours short work.
-    #[config(default = 0.0, min = -1.0, max = 100.0)]
+    /// earliest deadline first, -1 least slack first; over 0 favours short work, of which more gets done in time
+    /// where not all can be.
+    #[config(default = 1.0, min = -1.0, max = 100.0)]
     pub remaining_weight: f64,
     /// What becomes of a session that can't make its deadline any more.
     #[config(default = Hopeless::Reject)]
     pub hopeless: Hopeless,
-    /// Rejects a session on arrival if the work before it makes it late; off, only once it is late even alone.
-    /// Where hopeless ones are relegated nobody is rejected.
+    /// Rejects a session if the work before it makes it late: on arrival, and while it waits if half of that work
+    /// would. Off, only once it is late even alone. Where hopeless ones are relegated nobody is rejected.
     #[config(default = true)]
     pub reject_early: bool,
     /// Factor on predicted times, beside what the step-time model knows of its own error; over 1 is more careful.
@@ -31,9 +32,10 @@ pub struct DeadlineConfig {
 /// What makes a session urgent.
 #[derive(ConfigEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Time to spare over the time of the remaining work.
+    /// Time to spare over the time of the remaining work, as Medha does (arXiv 2409.17264).
     RelativeSlack,
-    /// Time until the deadline, plus `remaining_weight` times that of the remaining work.
+    /// Time until the deadline, plus `remaining_weight` times that of the remaining work, as QoServe does
+    /// (arXiv 2503.22562, there called Niyama).
     Deadline,
 }
 

@@ -12,13 +12,14 @@ pub struct Forecast {
     chunk: u32,
     /// Factor on predictions.
     factor: f64,
-    /// Time of a step of all that decode now, and what they add to a step that prefills.
-    decode_step_s: f64,
+    /// Time between two tokens of an answer as things stand: prompts of others are computed beside it.
+    token_s: f64,
+    /// What those that decode now add to a step that prefills.
     decodes_s: f64,
     lengths_known: bool,
-    /// Sessions that run, and tokens that they are yet to generate.
+    /// Sessions that run, and tokens of all their answers.
     running: u32,
-    tokens_to_come: u64,
+    answers: u64,
 }
 
 /// A deadline and the time that the work until then takes.
@@ -73,8 +74,9 @@ impl fmt::Display for What {
 }
 
 impl Forecast {
-    /// `None` while the model knows nothing. `lengths_known` says whether expected lengths are more than limits.
-    pub fn new(view: &StepView<'_>, margin: f64, lengths_known: bool) -> Option<Forecast> {
+    /// `None` while the model knows nothing. `lengths_known` says whether expected lengths are more than limits;
+    /// `step_s` is what steps take of late.
+    pub fn new(view: &StepView<'_>, margin: f64, lengths_known: bool, step_s: f64) -> Option<Forecast> {
         let model = *view.step_time;
         if !model.is_known() || !model.predict(&StepWork::default()).is_finite() {
             return None;
@@ -90,10 +92,11 @@ impl Forecast {
                 _ => continue,
             }
             forecast.running += 1;
-            forecast.tokens_to_come += u64::from(forecast.tokens_to_come(session));
+            forecast.answers += u64::from(forecast.answer(session));
         }
-        forecast.decode_step_s = model.predict(&decodes);
-        forecast.decodes_s = forecast.decode_step_s - model.base_s;
+        let decode_step_s = model.predict(&decodes);
+        forecast.token_s = step_s.max(decode_step_s);
+        forecast.decodes_s = decode_step_s - model.base_s;
         Some(forecast)
     }
 
@@ -131,7 +134,7 @@ impl Forecast {
         let last = last_s.is_finite().then(|| {
             let tokens = self.factor * f64::from(self.tokens_to_come(session));
             let alone_s = self.model.base_s + self.model.chunk_s(1, session.len_tokens);
-            let need_s = need_s + tokens * self.decode_step_s.max(alone_s);
+            let need_s = need_s + tokens * self.token_s.max(alone_s);
             let least_s = if answers { least_s } else { least_s + tokens * alone_s };
             Due { what: What::LastToken, at_s: last_s, need_s, least_s }
         });
@@ -146,16 +149,21 @@ impl Forecast {
         view.session_budget.saturating_sub(self.running)
     }
 
-    /// Time between two places that those who run leave.
+    /// Time between two places that those who run leave, and later those who followed them.
     pub fn place_every_s(&self) -> f64 {
         let running = f64::from(self.running.max(1));
-        self.factor * self.decode_step_s * self.tokens_to_come as f64 / (running * running)
+        self.factor * self.token_s * self.answers as f64 / (running * running)
+    }
+
+    /// Tokens of the answer, as far as it is known.
+    fn answer(&self, session: &SessionView) -> u32 {
+        // A limit is no estimate: before any answer has ended no more than what is certain is counted.
+        let expected = if self.lengths_known { session.expected_tokens.min(session.max_tokens) } else { 1 };
+        expected.max(session.generated_tokens)
     }
 
     /// Tokens of the answer that are yet to come, the first left out where the prompt brings it.
     fn tokens_to_come(&self, session: &SessionView) -> u32 {
-        // A limit is no estimate: before any answer has ended no more than what is certain is counted.
-        let expected = if self.lengths_known { session.expected_tokens.min(session.max_tokens) } else { 1 };
-        expected.saturating_sub(session.generated_tokens.max(1))
+        self.answer(session).saturating_sub(session.generated_tokens.max(1))
     }
 }

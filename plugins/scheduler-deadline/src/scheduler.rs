@@ -1,4 +1,4 @@
-//! Runs sessions by how little time they have to spare.
+//! Runs sessions by their deadlines and by how little time they have to spare.
 //!
 //! Sessions stand at one of four levels: decoding ones with a limit on the gap between tokens, which belong into
 //! every step; those that are due, and those of which nothing is due but that have waited for `patience_s`; those
@@ -12,8 +12,9 @@
 //!
 //! **Rejections.** A session that would be late even if all others stopped is hopeless; of one that has begun to
 //! answer only its deadline says so, since the next token may be its last. One that arrives and is predicted to be
-//! late by the work before it in the order is rejected at once, while going elsewhere still helps; who was let in
-//! isn't turned away for one that came later. Nobody is rejected before the step-time model knows the machine.
+//! late by the work before it in the order is rejected at once, while going elsewhere still helps. More urgent ones
+//! may come after one that was let in: it is turned away where half of the work before it makes it late, and no
+//! more once it has run. Nobody is rejected before the step-time model knows the machine.
 
 use setu_core::SessionId;
 use setu_core::admission::queue::{Candidate, Queue};
@@ -29,6 +30,12 @@ const DUE: u32 = 2;
 const GAPS: u32 = 3;
 const LEVELS: u32 = 4;
 
+/// Sessions that are examined by turns in one step, beside new ones.
+const MOST_EXAMINED: u64 = 64;
+
+/// Steps whose mean is what steps take of late.
+const MEAN_STEPS: u32 = 64;
+
 /// Handles beyond are none that an engine gives; their sessions are never rejected early.
 const MOST_HANDLES: usize = 1 << 20;
 
@@ -41,14 +48,18 @@ pub struct Deadline {
     config: DeadlineConfig,
     /// Whether any answer has ended, so that expected lengths are more than limits.
     lengths_known: bool,
+    /// The step that was seen last, and what steps take of late; 0 before the first.
+    last_step: u64,
+    step_s: f64,
+    steps: u32,
     /// By handle, the session that was let into the queue.
     welcome: Vec<Option<SessionId>>,
     /// Those that run, then also those that wait and that a step could reach, in order.
     keys: Vec<Key>,
     /// Those that wait and were let into the queue.
     waiting: Vec<Key>,
-    /// Those that may yet be turned away, and for each the work between the one before and itself.
-    newcomers: Vec<Key>,
+    /// Those that the work before them may make late, and for each the work between the one before and itself.
+    examined: Vec<Key>,
     work: Vec<Work>,
     /// By index into the view, time until the prompt is computed.
     prefill_s: Vec<f32>,
@@ -67,10 +78,13 @@ impl Component for Deadline {
         Ok(Deadline {
             config,
             lengths_known: false,
+            last_step: 0,
+            step_s: 0.0,
+            steps: 0,
             welcome: Vec::new(),
             keys: Vec::new(),
             waiting: Vec::new(),
-            newcomers: Vec::new(),
+            examined: Vec::new(),
             work: Vec::new(),
             prefill_s: Vec::new(),
             order: Vec::new(),
@@ -82,11 +96,12 @@ impl Component for Deadline {
 
 impl Scheduler for Deadline {
     fn schedule(&mut self, view: &StepView<'_>, decisions: &mut Decisions<'_>) -> Result<()> {
-        let forecast = Forecast::new(view, self.config.margin, self.lengths_known);
+        self.note_step(view);
+        let forecast = Forecast::new(view, self.config.margin, self.lengths_known, self.step_s);
         self.rejected = 0;
         self.rank(view, forecast.as_ref(), decisions);
-        if let Some(forecast) = forecast.as_ref().filter(|_| !self.newcomers.is_empty()) {
-            self.take_in(view, forecast, decisions);
+        if let Some(forecast) = forecast.as_ref().filter(|_| !self.examined.is_empty()) {
+            self.examine(view, forecast, decisions);
         }
         self.sort(view, decisions);
         let now_s = view.now_s;
@@ -109,12 +124,23 @@ impl Scheduler for Deadline {
 }
 
 impl Deadline {
+    fn note_step(&mut self, view: &StepView<'_>) {
+        let last = view.last_step;
+        if last.step == self.last_step || !last.took_s.is_finite() || last.took_s < 0.0 {
+            return;
+        }
+        // The mean of the first steps, and of about as many of the latest later on.
+        self.steps = (self.steps + 1).min(MEAN_STEPS);
+        self.step_s += (last.took_s - self.step_s) / f64::from(self.steps);
+        self.last_step = last.step;
+    }
+
     /// Finds everybody's place in the order, and rejects those that are hopeless.
     fn rank(&mut self, view: &StepView<'_>, forecast: Option<&Forecast>, decisions: &mut Decisions<'_>) {
         let now_s = view.now_s;
         self.keys.clear();
         self.waiting.clear();
-        self.newcomers.clear();
+        self.examined.clear();
         self.prefill_s.clear();
         // More sessions than a key can tell apart wait for others to end.
         for (index, session) in (0..Key::MOST_SESSIONS).zip(view.sessions.iter()) {
@@ -133,11 +159,11 @@ impl Deadline {
                 continue;
             }
             let (level, urgency) = self.standing(forecast, session, due, now_s);
-            let is_new = due.is_some() && hopeless.is_none() && self.is_new(session);
+            let examined = due.is_some() && hopeless.is_none() && self.is_examined(view, session, index);
             let candidate = Candidate::new(session, index, level, level);
             let keys = match candidate.runs || candidate.returns {
                 true => &mut self.keys,
-                false if is_new => &mut self.newcomers,
+                false if examined => &mut self.examined,
                 false => &mut self.waiting,
             };
             keys.push(Key::new(&candidate, urgency));
@@ -170,27 +196,29 @@ impl Deadline {
         }
     }
 
-    /// Lets newcomers wait, but for those that come too late to be on time.
-    fn take_in(&mut self, view: &StepView<'_>, forecast: &Forecast, decisions: &mut Decisions<'_>) {
+    /// Rejects those whom the work before them makes late; the others wait.
+    fn examine(&mut self, view: &StepView<'_>, forecast: &Forecast, decisions: &mut Decisions<'_>) {
         let now_s = view.now_s;
-        self.newcomers.sort_unstable();
+        self.examined.sort_unstable();
         self.work.clear();
-        self.work.resize(self.newcomers.len(), Work::default());
+        self.work.resize(self.examined.len(), Work::default());
         for &key in self.keys.iter().chain(&self.waiting) {
-            let next = self.newcomers.partition_point(|&newcomer| newcomer < key);
+            let next = self.examined.partition_point(|&other| other < key);
             if let Some(work) = self.work.get_mut(next) {
                 work.add(self.prefill_s[key.index()], key.waits());
             }
         }
         let mut before = Work::default();
-        for position in 0..self.newcomers.len() {
-            let key = self.newcomers[position];
+        for position in 0..self.examined.len() {
+            let key = self.examined[position];
             let session = &view.sessions[key.index()];
             before.prefill_s += self.work[position].prefill_s;
             before.waiting += self.work[position].waiting;
             let wait_s = before.wait_s(forecast, view);
             let due = forecast.due(session, forecast.prefill(session), now_s);
-            if let Some(due) = due.filter(|due| wait_s > due.slack_s(now_s)) {
+            // Of the work before one that was let in, half may yet vanish.
+            let certain = if self.is_welcome(session) { 0.5 } else { 1.0 };
+            if let Some(due) = due.filter(|due| certain * wait_s > due.slack_s(now_s)) {
                 // Once that much of the work before it is done, another try may fit.
                 self.reject(session, decisions, Some(wait_s - due.slack_s(now_s)), || {
                     let (what, left_s, need_s) = (due.what, due.at_s - now_s, due.need_s);
@@ -240,14 +268,18 @@ impl Deadline {
         }
     }
 
-    /// Whether `session` is yet to be let in, and may be turned away.
-    fn is_new(&self, session: &SessionView) -> bool {
-        let handle = session.handle as usize;
+    /// Whether the work before `session` is looked at in this step: where it is new, and later by turns.
+    fn is_examined(&self, view: &StepView<'_>, session: &SessionView, index: u32) -> bool {
+        let turns = 1 + view.sessions.len() as u64 / MOST_EXAMINED;
         self.config.reject_early
             && self.config.hopeless == Hopeless::Reject
             && !session.has_run()
-            && handle < MOST_HANDLES
-            && self.welcome.get(handle).copied().flatten() != Some(session.id)
+            && (session.handle as usize) < MOST_HANDLES
+            && (u64::from(index) % turns == view.step % turns || !self.is_welcome(session))
+    }
+
+    fn is_welcome(&self, session: &SessionView) -> bool {
+        self.welcome.get(session.handle as usize).copied().flatten() == Some(session.id)
     }
 
     fn let_in(&mut self, session: &SessionView) {
@@ -334,9 +366,10 @@ mod tests {
     fn orders_weigh_deadline_and_work() {
         // A short prompt that is due soon, a long one that must start now, one without a deadline that came first.
         let cases: [(u32, f64); 4] = [(100, f64::INFINITY), (100, 3.2), (1000, 3.4), (500, 2.9)];
-        let orders: [(&str, [u64; 4]); 4] = [
+        let orders: [(&str, [u64; 4]); 5] = [
             (r#"{"order": "relative_slack"}"#, [3, 4, 2, 1]),
-            (r#"{"order": "deadline"}"#, [4, 2, 3, 1]),
+            ("{}", [2, 4, 3, 1]),
+            (r#"{"order": "deadline", "remaining_weight": 0.0}"#, [4, 2, 3, 1]),
             (r#"{"order": "deadline", "remaining_weight": -1.0}"#, [3, 4, 2, 1]),
             (r#"{"order": "deadline", "remaining_weight": 10.0}"#, [2, 4, 3, 1]),
         ];
@@ -384,16 +417,24 @@ mod tests {
     }
 
     #[test]
-    fn who_was_let_in_is_not_turned_away_for_a_tighter_one() {
+    fn who_was_let_in_is_turned_away_only_where_half_of_what_came_before_it_would_do() {
         let mut scheduler = deadline("{}");
         let mut scene = scene(50.0);
         asked(&mut scene, &[(500, 0.9)]);
         assert_eq!(scene.schedule(&mut scheduler).running(), [1]);
+        // More urgent ones; then one that comes too late for what is there already.
         scene.waiting(2, 50.0, 300).ttft_deadline_s = 50.4;
-        scene.waiting(3, 50.0, 300).ttft_deadline_s = 50.95;
+        scene.waiting(3, 50.0, 300).ttft_deadline_s = 50.7;
+        scene.waiting(4, 50.0, 500).ttft_deadline_s = 51.25;
         let decided = scene.schedule(&mut scheduler);
-        assert_eq!(decided.running(), [2, 1]);
-        assert_eq!(decided.rejected().iter().map(|&(id, _)| id).collect::<Vec<_>>(), [3]);
+        assert_eq!(decided.running(), [2, 3, 1]);
+        assert_eq!(decided.rejected().iter().map(|&(id, _)| id).collect::<Vec<_>>(), [4]);
+        scene.sessions.pop();
+        scene.waiting(5, 50.0, 300).ttft_deadline_s = 51.0;
+        let decided = scene.schedule(&mut scheduler);
+        assert_eq!(decided.running(), [2, 3, 5]);
+        let reason = "its first token is due in 0.900 s and takes 0.500 s; the work before it takes 0.900 s";
+        assert_eq!(decided.rejected(), [(1, reason)]);
     }
 
     #[test]

@@ -224,3 +224,103 @@ impl Ranked {
         level.min(self.levels.saturating_sub(1))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::view::{Budgets, KvGroupView, SessionState, StepOutcome, StepTimeModel};
+
+    /// One that holds `pages` pages of 16 tokens and has room in the last of them.
+    fn running(pages: u32) -> SessionView {
+        let mut session = SessionView::default();
+        session.set_state(SessionState::Decoding);
+        session.len_tokens = 16 * pages - 8;
+        session.scheduled_tokens = session.len_tokens - 1;
+        session.pages_held = pages;
+        session
+    }
+
+    fn waiting(pages: u32) -> SessionView {
+        let mut session = SessionView::default();
+        session.len_tokens = 16 * pages;
+        session
+    }
+
+    /// Admits those in `wants`, (pages, power), beside those in `runs`, (pages, level), from the most urgent, with
+    /// `free` pages and `places` for sessions. For each: what became of it, and whom it preempts.
+    fn admitted(
+        free: u32,
+        places: u32,
+        runs: &[(u32, u32)],
+        wants: &[(u32, u32)],
+        in_flight: u32,
+    ) -> Vec<(Entry, Vec<u32>)> {
+        let sessions: Vec<SessionView> = runs
+            .iter()
+            .map(|&(pages, _)| {
+                let mut session = running(pages);
+                session.steps_in_flight = in_flight;
+                session
+            })
+            .collect();
+        let mut group = KvGroupView::new(16, 0, 100);
+        group.free_pages = free;
+        let history = (StepOutcome::default(), StepTimeModel::default());
+        let budgets = Budgets { tokens: 64, sessions: places, steps_in_flight: in_flight };
+        let groups = [group];
+        let view = StepView::new(0.0, 1, budgets, &sessions, &groups, (&history.0, &history.1));
+        let mut ranked = Ranked::default();
+        ranked.begin(&view, 4);
+        for (index, &(_, level)) in (0..).zip(runs) {
+            ranked.runs(&view, index, level);
+        }
+        let admit = |&(pages, power): &(u32, u32)| {
+            let entry = ranked.admit(&view, &waiting(pages), power);
+            let victims = if matches!(entry, Entry::ByPreemption { .. }) { ranked.victims().collect() } else { vec![] };
+            (entry, victims)
+        };
+        wants.iter().map(admit).collect()
+    }
+
+    #[test]
+    fn room_is_made_by_the_last_of_the_lower_and_by_no_more_than_it_takes() {
+        let preempts = Entry::ByPreemption { at_once: true };
+        let full = |needed, left| Entry::Full(Shortage::Pages { needed, left });
+        type Case = (u32, &'static [(u32, u32)], (u32, u32), Entry, &'static [u32]);
+        let cases: [Case; 7] = [
+            (9, &[(4, 1)], (8, 1), Entry::Free, &[]),
+            // The page to grow into is not preempted for, but it isn't given away either to one of the same level.
+            (8, &[(4, 1)], (8, 1), full(8, 7), &[]),
+            (8, &[(4, 0)], (8, 1), Entry::Free, &[]),
+            (4, &[(4, 0), (4, 0)], (8, 1), preempts, &[1]),
+            (2, &[(4, 1), (4, 0), (1, 0)], (7, 1), full(7, 6), &[]),
+            // The last one alone wouldn't do; with the one before it, it isn't needed any more.
+            (2, &[(6, 0), (1, 0)], (7, 1), preempts, &[0]),
+            (2, &[(6, 2), (6, 1), (6, 0)], (13, 2), preempts, &[2, 1]),
+        ];
+        for (free, runs, want, entry, victims) in cases {
+            let found = admitted(free, 9, runs, &[want], 0);
+            assert_eq!(found, [(entry, victims.to_vec())], "{free} free, {runs:?}, {want:?}");
+        }
+    }
+
+    #[test]
+    fn places_are_taken_as_pages_are() {
+        let runs = [(1, 2), (1, 1), (1, 0)];
+        let full = Entry::Full(Shortage::Places { budget: 3 });
+        let preempts = Entry::ByPreemption { at_once: true };
+        let found = admitted(50, 3, &runs, &[(1, 2), (1, 1), (1, 0)], 0);
+        assert_eq!(found, [(preempts, vec![2]), (full, vec![]), (full, vec![])]);
+        let found = admitted(50, 3, &runs, &[(1, 3), (1, 3), (1, 3), (1, 3)], 0);
+        assert_eq!(found, [(preempts, vec![2]), (preempts, vec![1]), (preempts, vec![0]), (full, vec![])]);
+    }
+
+    #[test]
+    fn what_a_step_in_flight_uses_comes_back_later() {
+        let found = admitted(0, 9, &[(4, 0)], &[(2, 1), (3, 1)], 1);
+        assert_eq!(found[0], (Entry::ByPreemption { at_once: false }, vec![0]));
+        assert_eq!(found[1].0, Entry::Full(Shortage::Pages { needed: 3, left: 1 }));
+        // Nobody runs: one is admitted whatever it needs.
+        assert_eq!(admitted(0, 9, &[], &[(5, 0), (1, 0)], 1)[0].0, Entry::Free);
+    }
+}

@@ -63,7 +63,9 @@ pub fn conformance(make: Make<'_>, options: &Options) -> Report {
     };
     declared("work conserving", properties.work_conserving, only(|one, _| one.work_conserving = true));
     declared("decodes never stall", properties.decodes_never_stall, only(|one, _| one.decodes_never_stall = true));
-    let target = only(|one, all| one.target_step_s = all.target_step_s);
+    let target = only(|one, all| {
+        (one.target_step_s, one.min_chunk_tokens) = (all.target_step_s, all.min_chunk_tokens);
+    });
     declared("target step time", properties.target_step_s.is_some(), target);
     for sessions in SIZES {
         time(&mut recorder, make, options, sessions);
@@ -111,9 +113,15 @@ impl Watch for Declared {
             decodes.add_chunk(chunk.tokens, session(chunk.session).context_tokens());
         }
         let (predicted_s, decodes_s) = (view.step_time.predict(&work), view.step_time.predict(&decodes));
-        if decodes.decodes > 0 && predicted_s > target_s.max(decodes_s) * (1.0 + ROUNDING) {
+        let tokens: u64 = chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
+        let prompts = tokens - u64::from(decodes.decodes);
+        if decodes.decodes > 0
+            && prompts > u64::from(self.properties.min_chunk_tokens)
+            && predicted_s > target_s.max(decodes_s) * (1.0 + ROUNDING)
+        {
             return Err(format!(
-                "a step with decodes is predicted to take {:.3} ms, of which they alone take {:.3} ms; {:.3} ms is declared",
+                "a step with decodes and {prompts} tokens of prompts is predicted to take {:.3} ms, the decodes alone \
+                 {:.3} ms; {:.3} ms is declared",
                 predicted_s * 1e3,
                 decodes_s * 1e3,
                 target_s * 1e3

@@ -70,6 +70,7 @@ impl Core {
         self.fork_followers();
         self.probe_prefixes();
         self.accounts.count_running(&self.views);
+        self.views.iter_mut().for_each(|view| view.chunk_cap = 0);
         let mut wake_at_s = self.schedule();
         self.note_overrun();
         self.apply_caps();
@@ -172,9 +173,8 @@ impl Core {
         }
     }
 
-    /// Shows the batcher the scheduler's caps of this step, and no earlier ones.
+    /// Shows the batcher the scheduler's caps of this step.
     fn apply_caps(&mut self) {
-        self.views.iter_mut().for_each(|view| view.chunk_cap = 0);
         for &(index, cap) in &self.planned.capped {
             self.views[index as usize].chunk_cap = cap;
         }

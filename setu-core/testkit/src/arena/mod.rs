@@ -211,7 +211,7 @@ impl<'a> Arena<'a> {
         watch: &mut dyn Watch,
     ) -> Result<End, String> {
         loop {
-            self.arrive(watch);
+            self.arrive();
             self.abort_those_due(watch);
             if self.live.is_empty() && self.flights.is_empty() {
                 let Some(next) = self.workload.arrivals.get(self.next_arrival) else { return Ok(End::Done) };
@@ -263,8 +263,7 @@ impl<'a> Arena<'a> {
         self.step - self.last_step.step > IDLE_STEPS
     }
 
-    fn arrive(&mut self, watch: &mut dyn Watch) {
-        let _ = watch;
+    fn arrive(&mut self) {
         while let Some(arrival) = self.workload.arrivals.get(self.next_arrival).filter(|next| next.at_s <= self.now_s) {
             let at_s = arrival.at_s;
             self.enter(self.next_arrival, at_s);

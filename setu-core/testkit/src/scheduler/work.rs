@@ -97,17 +97,20 @@ impl StrictPriority {
         let mut groups: Vec<KvGroupView> = view.kv_groups.iter().copied().collect();
         let mut places = view.session_budget;
         // What a step in flight uses comes back only with it, and what is shared perhaps never.
-        let gives_way = |session: &SessionView| {
-            session.priority < urgent.priority && session.steps_in_flight == 0 && session.pages_shared == 0
-        };
-        for session in view.sessions.iter().filter(|session| session.id != urgent.id) {
+        let leaves = |session: &SessionView| session.steps_in_flight == 0 && session.pages_shared == 0;
+        let gives_way = |session: &SessionView| session.priority < urgent.priority && leaves(session);
+        // What one that doesn't go on has may be meant for others: it fits if all of it does.
+        let mut whole = *urgent;
+        (whole.scheduled_tokens, whole.computed_tokens, whole.pages_held) = (0, 0, 0);
+        for session in view.sessions.iter() {
+            let own = session.id == urgent.id;
             let stays = session.priority >= urgent.priority && session.state() != SessionState::Held;
-            if stays || (session.pages_held > 0 && !gives_way(session)) {
+            if !own && (stays || (session.pages_held > 0 && !gives_way(session))) {
                 places = places.saturating_sub(1);
             }
             // The view tells the pages of all groups together.
             if let [group] = &mut groups[..]
-                && gives_way(session)
+                && (gives_way(session) || (own && leaves(session)))
             {
                 group.free_pages += session.pages_held;
             }
@@ -120,6 +123,6 @@ impl StrictPriority {
                 self.room.take(&freed, session);
             }
         }
-        places > 0 && self.room.fits(&freed, urgent)
+        places > 0 && self.room.fits(&freed, &whole)
     }
 }
