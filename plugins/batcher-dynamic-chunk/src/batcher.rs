@@ -427,11 +427,11 @@ mod tests {
             (10..20).for_each(|id| _ = scene.decoding(id, 0.0, 20, 1));
             let config = DynamicChunkConfig { min_chunk_tokens: least, ..config() };
             let chunks = scene.batch(&mut batcher(config.clone()));
-            (chunks.len(), chunks[12..].to_vec(), batcher(config).properties().target_step_s)
+            (chunks.len(), chunks[12..].to_vec(), batcher(config).properties().min_chunk_tokens)
         };
-        assert_eq!(crowd(32), (13, vec![(1, 32)], None));
-        assert_eq!(crowd(1), (13, vec![(1, 1)], None));
-        assert_eq!(crowd(0), (12, vec![], Some(0.05)));
+        assert_eq!(crowd(32), (13, vec![(1, 32)], 32));
+        assert_eq!(crowd(1), (13, vec![(1, 1)], 1));
+        assert_eq!(crowd(0), (12, vec![], 0));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use setu_core::{Registries, Result};
 use setu_engine::request::{Deadlines, FinishReason};
 use setu_engine::simulation::{Prompt, Report, TimedRequest};
 
-use super::plot::{Chart, Style};
+use super::plot::{Chart, Legend, Style};
 use super::world::{Chosen, Device, Dice, Policies, simulate};
 use super::{Section, quantile};
 
@@ -100,6 +100,7 @@ pub fn experiment(out: &Path) -> Result<Option<Section>> {
     text.push_str(&" ---: |".repeat(SCHEDULERS.len() + 2));
     text.push('\n');
     let mut chart = Chart::new("Sessions that meet their deadlines", "load, share of capacity", "share of sessions");
+    chart.legend = Legend::LowerLeft;
     let mut points = [const { Vec::new() }; SCHEDULERS.len()];
     for load in LOADS {
         let requests = workload(load * capacity, SECONDS);

@@ -180,6 +180,7 @@ fn modest(registries: &Registries, out: &Path, text: &mut String) -> Result<()> 
          | scheduler | modest tenant's TTFT p50, s | p99, s | all done after, s |\n| --- | ---: | ---: | ---: |\n",
     );
     let mut chart = Chart::new("Time to first token of the modest tenant", "arrival, s", "TTFT, s");
+    chart.legend = Legend::UpperRight;
     chart.log_y = true;
     for scheduler in [FCFS, FAIR] {
         let report = run(registries, &device, scheduler, &requests)?.report;

@@ -32,7 +32,9 @@ pub enum Style {
 pub enum Legend {
     #[default]
     UpperLeft,
+    UpperRight,
     MiddleRight,
+    LowerLeft,
     LowerRight,
 }
 
@@ -150,7 +152,9 @@ impl Chart {
             .label_font(("sans-serif", 13))
             .position(match self.legend {
                 Legend::UpperLeft => SeriesLabelPosition::UpperLeft,
+                Legend::UpperRight => SeriesLabelPosition::UpperRight,
                 Legend::MiddleRight => SeriesLabelPosition::MiddleRight,
+                Legend::LowerLeft => SeriesLabelPosition::LowerLeft,
                 Legend::LowerRight => SeriesLabelPosition::LowerRight,
             })
             .draw()?;

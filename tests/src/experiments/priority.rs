@@ -6,7 +6,7 @@ use std::path::Path;
 use setu_core::{Registries, Result};
 use setu_engine::simulation::{Prompt, Report, TimedRequest};
 
-use super::plot::{Chart, Style};
+use super::plot::{Chart, Legend, Style};
 use super::world::{Chosen, Device, Dice, Policies, simulate};
 use super::{Section, quantile};
 
@@ -74,6 +74,7 @@ pub fn experiment(out: &Path) -> Result<Option<Section>> {
     text.push_str(&" ---: |".repeat(CLASSES.len() + 3));
     text.push('\n');
     let mut chart = Chart::new("Time to first token by priority, at 1.3 × capacity", "priority", "TTFT p99, s");
+    chart.legend = Legend::LowerLeft;
     chart.log_y = true;
     for (name, scheduler) in SCHEDULERS {
         let report = simulate(&registries, &device, Policies { scheduler, batcher: BATCHER }, &requests)?;
