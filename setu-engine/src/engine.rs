@@ -1,5 +1,6 @@
 //! The engine's thread and the handle to it.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -14,7 +15,7 @@ use setu_core::{Error, Result};
 
 use crate::clock::Clock;
 use crate::core::{Core, Parts, Settings, Turn};
-use crate::request::{Arrival, Event, Limits, Request};
+use crate::request::{Arrival, Event, EventSink, Limits, Request};
 use crate::stats::Stats;
 use crate::trace::Tracer;
 
@@ -32,16 +33,22 @@ pub struct Engine {
     seeds: AtomicU64,
 }
 
-/// A session in the engine, seen by its owner. Dropping it aborts the session.
+/// A session in the engine. Dropping it aborts the session.
 #[derive(Debug)]
-pub struct Session {
+pub struct Handle {
     pub id: SessionId,
     /// Which of the request's `n` answers it is.
     pub choice: u32,
     /// The seed that its tokens are drawn with.
     pub seed: u64,
-    events: Receiver<Event>,
     commands: Sender<Command>,
+}
+
+/// A session whose events its owner waits for. Dropping it aborts the session.
+#[derive(Debug)]
+pub struct Session {
+    handle: Handle,
+    events: Receiver<Event>,
 }
 
 enum Command {
@@ -155,24 +162,41 @@ impl Engine {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn add_session(&self, mut request: Request) -> Result<Vec<Session>> {
+    pub fn add_session(&self, request: Request) -> Result<Vec<Session>> {
+        let mut receivers = Vec::new();
+        let handles = self.add_session_with(request, |_| {
+            let (sender, events) = unbounded();
+            receivers.push(events);
+            Box::new(sender)
+        })?;
+        Ok(handles.into_iter().zip(receivers).map(|(handle, events)| Session { handle, events }).collect())
+    }
+
+    /// As [`add_session`](Engine::add_session), with events handed to what `sink` returns for each choice.
+    ///
+    /// # Errors
+    /// As [`add_session`](Engine::add_session).
+    pub fn add_session_with(
+        &self,
+        mut request: Request,
+        mut sink: impl FnMut(u32) -> Box<dyn EventSink>,
+    ) -> Result<Vec<Handle>> {
         request.validate(&self.limits)?;
         let n = request.params.n;
         let base = request.params.seed.unwrap_or_else(|| mix(self.seeds.fetch_add(1, Ordering::Relaxed)));
         let mut texts = std::mem::take(&mut request.text).into_iter();
         let request = Arc::new(request);
-        let mut sessions = Vec::with_capacity(n as usize);
+        let mut handles = Vec::with_capacity(n as usize);
         let mut arrivals = Vec::with_capacity(n as usize);
         for choice in 0..n {
             let id = SessionId(self.next_id.fetch_add(1, Ordering::Relaxed));
             let seed = base.wrapping_add(choice.into());
-            let (sender, events) = unbounded();
-            let text = texts.next();
-            arrivals.push(Arrival { id, request: request.clone(), seed, text, events: sender });
-            sessions.push(Session { id, choice, seed, events, commands: self.commands.clone() });
+            let (text, events) = (texts.next(), sink(choice));
+            arrivals.push(Arrival { id, request: request.clone(), seed, text, events });
+            handles.push(Handle { id, choice, seed, commands: self.commands.clone() });
         }
         self.send(Command::Add(arrivals))?;
-        Ok(sessions)
+        Ok(handles)
     }
 
     /// Ends a session; its owner receives [`Event::Finished`].
@@ -278,14 +302,24 @@ impl Session {
             event
         })
     }
+}
 
+impl Deref for Session {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        &self.handle
+    }
+}
+
+impl Handle {
     /// Asks the engine to end it. What it has generated until then still arrives.
     pub fn abort(&self) {
         let _ = self.commands.send(Command::Abort(self.id));
     }
 }
 
-impl Drop for Session {
+impl Drop for Handle {
     fn drop(&mut self) {
         self.abort();
     }

@@ -22,11 +22,12 @@ pub mod step_time;
 pub mod text;
 pub mod trace;
 
-pub use engine::{Engine, Health, Session};
+pub use engine::{Engine, Handle, Health, Session};
 pub use guard::{Fault, Guarded};
 pub use model_text::ModelText;
 pub use request::{
-    Deadlines, Event, FinishReason, Finished, Piece, Request, TextSink, TokenEvent, TokenLogprob, Usage,
+    Deadlines, Event, EventSink, FinishReason, Finished, Piece, Request, TextSink, Timing, TokenEvent, TokenLogprob,
+    Usage,
 };
 pub use setu_core::sampling::SamplingParams;
 pub use stats::Stats;

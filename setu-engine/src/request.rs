@@ -68,6 +68,25 @@ pub trait TextSink: Send + Sync {
     fn finish(&mut self) -> String;
 }
 
+/// Where a session's events go.
+pub trait EventSink: Send {
+    /// Takes an event, on the engine's thread, which waits meanwhile: it must neither block nor panic. Returns false
+    /// once nobody wants more, which ends the session.
+    fn send(&mut self, event: Event) -> bool;
+}
+
+impl EventSink for Sender<Event> {
+    fn send(&mut self, event: Event) -> bool {
+        Sender::send(self, event).is_ok()
+    }
+}
+
+impl<F: FnMut(Event) -> bool + Send> EventSink for F {
+    fn send(&mut self, event: Event) -> bool {
+        self(event)
+    }
+}
+
 /// Text that a token completed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Piece {
@@ -109,6 +128,24 @@ pub struct Finished {
     /// Text that was held back until now.
     pub text: String,
     pub usage: Usage,
+    pub timing: Timing,
+}
+
+/// When things happened to a session, in seconds from its arrival by the engine's clock; infinite where they didn't.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Timing {
+    /// It first ran.
+    pub run_s: f64,
+    /// Its first token was there.
+    pub first_token_s: f64,
+    /// It ended.
+    pub end_s: f64,
+}
+
+impl Default for Timing {
+    fn default() -> Timing {
+        Timing { run_s: f64::INFINITY, first_token_s: f64::INFINITY, end_s: 0.0 }
+    }
 }
 
 /// Why a session ended.
@@ -195,5 +232,5 @@ pub struct Arrival {
     pub request: std::sync::Arc<Request>,
     pub seed: u64,
     pub text: Option<Box<dyn TextSink>>,
-    pub events: Sender<Event>,
+    pub events: Box<dyn EventSink>,
 }

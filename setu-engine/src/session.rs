@@ -4,7 +4,6 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crossbeam_channel::Sender;
 use setu_core::ids::SessionId;
 use setu_core::sampling::SamplingParams;
 use setu_core::view::{SessionState, SessionView, UNSET_PRIORITY};
@@ -12,7 +11,7 @@ use setu_core::{Error, Result};
 
 use crate::guard::panic_message;
 use crate::kv::{GroupTable, PrefixKeys};
-use crate::request::{Arrival, Event, Piece, Request, TextSink, TokenLogprob, Usage};
+use crate::request::{Arrival, EventSink, Piece, Request, TextSink, TokenLogprob, Usage};
 
 /// A live session. What policies see of it is in the [`SessionView`] beside it.
 pub(crate) struct Session {
@@ -20,7 +19,7 @@ pub(crate) struct Session {
     pub request: Arc<Request>,
     pub seed: u64,
     pub text: Option<Box<dyn TextSink>>,
-    pub events: Sender<Event>,
+    pub events: Box<dyn EventSink>,
     /// Confirmed tokens.
     pub output: Vec<u32>,
     pub tables: Vec<GroupTable>,
@@ -44,6 +43,8 @@ pub(crate) struct Session {
     /// Whether its owner has been told these.
     pub prompt_sent: bool,
     pub usage: Usage,
+    /// When its first token was there; infinite before.
+    pub first_token_s: f64,
 }
 
 impl Session {
@@ -71,6 +72,7 @@ impl Session {
             prompt_logprobs: Vec::new(),
             prompt_sent: false,
             usage,
+            first_token_s: f64::INFINITY,
         }
     }
 

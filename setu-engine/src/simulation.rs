@@ -267,7 +267,7 @@ impl<'a> Run<'a> {
                 request: Arc::new(request),
                 seed: index.into(),
                 text: Some(Box::new(sink)),
-                events: sender,
+                events: Box::new(sender),
             };
             self.core.add(vec![arrival]);
             // One that is refused at the door has no sink that would tell so.

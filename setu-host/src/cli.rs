@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::commands::{chat, check, completions, config, model, plugins, run, score, tokenize, why};
+use crate::commands::{chat, check, completions, config, model, plugins, run, score, serve, tokenize, why};
 use crate::config::read;
 use crate::logging;
 use crate::request::RequestOptions;
@@ -57,7 +57,7 @@ fn fail(message: &str, code: u8) -> ExitCode {
 }
 
 fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
-    let with_settings = ["run", "score", "tokenize"].contains(&name);
+    let with_settings = ["run", "score", "serve", "tokenize"].contains(&name);
     if !with_settings {
         return match name {
             "plugins" => plugins::main(matches, setup),
@@ -78,6 +78,7 @@ fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), F
     }
     match name {
         "score" => score::main(matches, setup, settings),
+        "serve" => serve::main(matches, setup, settings),
         "tokenize" => tokenize::main(matches, settings),
         _ if matches.contains_id("prompt") && matches.get_one::<String>("prompt").is_some() => {
             run::main(matches, setup, settings)
@@ -131,6 +132,11 @@ pub fn command(setup: &Setup) -> Command {
         .arg(flag("bos", "Begin every window with the beginning-of-sequence token"))
         .arg(flag("tokens", "Print every scored token"))
         .arg(json())
+        .arg(verbose());
+    let serve = Command::new("serve")
+        .about("Serve a model to clients of OpenAI's API")
+        .arg(model_name("Path, Hub id or short name [default: what [model] names]"))
+        .arg(file("trace", "Record every step and decision into FILE, as lines of JSON"))
         .arg(verbose());
     let tokenize = Command::new("tokenize")
         .about("Token ids of a text")
@@ -206,6 +212,7 @@ pub fn command(setup: &Setup) -> Command {
         .arg_required_else_help(true)
         .subcommand(setup.add_flags(run))
         .subcommand(setup.add_flags(score))
+        .subcommand(setup.add_flags(serve))
         .subcommand(setup.add_flags(tokenize))
         .subcommand(plugins)
         .subcommand(config)

@@ -11,6 +11,7 @@ pub mod linked;
 pub mod logging;
 pub mod models;
 pub mod request;
+pub mod server;
 pub mod serving;
 pub mod settings;
 pub mod setup;

@@ -15,14 +15,14 @@ use setu_engine::text::{
     ChatInput, ChatTemplate, ChatValue, DetokenizeOptions, Detokenizer, EncodeOptions, StopMatcher, TextStream,
     Tokenizer,
 };
-use setu_engine::{Engine, Guarded, Health, ModelText, Request, Session, TextSink, load};
+use setu_engine::{Engine, EventSink, Guarded, Handle, Health, ModelText, Request, Session, TextSink, load};
 
 use crate::cli::Failure;
 use crate::config::Settings;
 use crate::linked;
 use crate::models::{Console, Store, StoreOptions};
 use crate::request::RequestOptions;
-use crate::settings::ModelConfig;
+use crate::settings::{ModelConfig, SamplingConfig};
 use crate::setup::Setup;
 use crate::tenants::{Tenants, TenantsConfig};
 
@@ -113,6 +113,7 @@ pub struct Serving {
     tokenizer: Arc<Tokenizer>,
     template: Result<ChatTemplate>,
     tenants: Tenants,
+    sampling: SamplingParams,
     weight_bytes: u64,
     timings: Vec<(&'static str, f64)>,
     load_s: f64,
@@ -124,14 +125,23 @@ impl Serving {
     /// # Errors
     /// The configuration is refused by a component, or the model can't be loaded.
     pub fn start(setup: &mut Setup, settings: Settings) -> Result<Serving, Failure> {
+        Serving::start_model(setup, settings, None)
+    }
+
+    /// As [`start`](Serving::start), with the model `name` where one is given.
+    ///
+    /// # Errors
+    /// As [`start`](Serving::start).
+    pub fn start_model(setup: &mut Setup, settings: Settings, name: Option<&str>) -> Result<Serving, Failure> {
         let started = Instant::now();
-        let model = OpenModel::open(&settings, None)?;
+        let model = OpenModel::open(&settings, name)?;
         let opened_s = started.elapsed().as_secs_f64();
         let settings = model.choose_component(setup, settings)?;
         let engine_config: EngineConfig = own(&settings, "engine")?;
         let kv_config: KvConfig = own(&settings, "kv")?;
         own::<ParallelConfig>(&settings, "parallel")?;
         let tenants = Tenants::new(own::<TenantsConfig>(&settings, "tenants")?);
+        let sampling = own::<SamplingConfig>(&settings, "sampling")?.params();
 
         let registries = &setup.registries;
         let scheduler = build(&settings, &registries.schedulers)?;
@@ -179,7 +189,7 @@ impl Serving {
         let core_settings = CoreSettings { engine: engine_config, kv: kv_config, max_model_len: loaded.max_model_len };
         let engine = Engine::start(parts, core_settings)?;
         let load_s = started.elapsed().as_secs_f64();
-        Ok(Serving { engine, model, tokenizer, template, tenants, weight_bytes, timings, load_s })
+        Ok(Serving { engine, model, tokenizer, template, tenants, sampling, weight_bytes, timings, load_s })
     }
 
     /// What `setu run FLAGS` would start; for tests and benches.
@@ -203,6 +213,15 @@ impl Serving {
 
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    pub fn tenants(&self) -> &Tenants {
+        &self.tenants
+    }
+
+    /// How tokens are sampled where a request doesn't say.
+    pub fn sampling(&self) -> &SamplingParams {
+        &self.sampling
     }
 
     pub fn model_name(&self) -> &str {
@@ -248,11 +267,49 @@ impl Serving {
         template.render(&ChatInput::new(messages))
     }
 
+    /// Tokens of a conversation as its chat template is given it.
+    ///
+    /// # Errors
+    /// There is no template, or it fails.
+    pub fn encode_input(&self, input: &ChatInput) -> Result<Vec<u32>> {
+        let template = self.template.as_ref().map_err(Clone::clone)?;
+        self.tokenizer.encode(&template.render(input)?, EncodeOptions::RENDERED)
+    }
+
+    /// The text of tokens, special ones included.
+    ///
+    /// # Errors
+    /// There is no such token.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        self.tokenizer.decode(tokens, false)
+    }
+
     /// Adds a request whose answers come with text.
     ///
     /// # Errors
     /// The request is invalid.
     pub fn add(&self, prompt: Vec<u32>, params: SamplingParams, options: &RequestOptions) -> Result<Vec<Session>> {
+        self.engine.add_session(self.request(prompt, params, options)?)
+    }
+
+    /// As [`add`](Serving::add), with events handed to what `sink` returns for each choice. Where `prompt_only` is set
+    /// the prompt is read and nothing generated.
+    ///
+    /// # Errors
+    /// The request is invalid.
+    pub fn add_with(
+        &self,
+        prompt: Vec<u32>,
+        prompt_only: bool,
+        params: SamplingParams,
+        options: &RequestOptions,
+        sink: impl FnMut(u32) -> Box<dyn EventSink>,
+    ) -> Result<Vec<Handle>> {
+        let request = Request { prompt_only, ..self.request(prompt, params, options)? };
+        self.engine.add_session_with(request, sink)
+    }
+
+    fn request(&self, prompt: Vec<u32>, params: SamplingParams, options: &RequestOptions) -> Result<Request> {
         let stops = StopMatcher::new(&params.stop, false)?;
         let text = (0..params.n).map(|_| {
             let detokenizer = Detokenizer::new(self.tokenizer.clone(), DetokenizeOptions::default());
@@ -266,7 +323,7 @@ impl Serving {
         request.priority = options.priority;
         request.class = options.class;
         request.deadlines = options.deadlines;
-        self.engine.add_session(request)
+        Ok(request)
     }
 
     /// The text of one token, as well as it can be shown alone.

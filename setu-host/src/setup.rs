@@ -20,6 +20,7 @@ use crate::config::{
 };
 use crate::linked;
 use crate::logging;
+use crate::server::ServerConfig;
 use crate::settings::{LogConfig, ModelConfig, RootConfig, SamplingConfig};
 use crate::tenants::TenantsConfig;
 
@@ -149,6 +150,7 @@ fn layout(registries: &Registries, folders: &[PathBuf], plugins: &PluginReport) 
         Section::fixed("parallel", ParallelConfig::spec()),
         Section::fixed("tenants", TenantsConfig::spec()),
         Section::fixed("sampling", SamplingConfig::spec()),
+        Section::fixed("server", ServerConfig::spec()),
         Section::fixed("log", LogConfig::spec()),
     ];
     layout.reserved = vec![("models".to_owned(), "reserved for serving several models".to_owned())];

@@ -24,6 +24,11 @@ pub struct Tenants {
 /// The name of whoever names no tenant.
 const DEFAULT: &str = "default";
 
+/// Names beside the configured ones that are told apart; all further ones are accounted together, so that nobody can
+/// fill the memory with names.
+const MOST_NAMES: usize = 1 << 16;
+const OTHERS: &str = "others";
+
 impl Tenants {
     pub fn new(config: TenantsConfig) -> Tenants {
         Tenants { config, ids: Mutex::new(HashMap::from([(DEFAULT.to_owned(), TenantId(0))])) }
@@ -31,11 +36,21 @@ impl Tenants {
 
     /// The tenant called `name`, or the one without name, and its weight. The same name always has the same id.
     pub fn get(&self, name: Option<&str>) -> (TenantId, f64) {
-        let name = name.unwrap_or(DEFAULT);
+        let mut name = name.unwrap_or(DEFAULT);
         let mut ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        let configured = self.config.weights.contains_key(name);
+        if !configured && !ids.contains_key(name) && ids.len() >= MOST_NAMES {
+            name = OTHERS;
+        }
         let next = TenantId(ids.len() as u32);
         let id = *ids.entry(name.to_owned()).or_insert(next);
         (id, self.config.weights.get(name).copied().unwrap_or(1.0))
+    }
+
+    /// A name to count under, one of few: that of a configured tenant, or what stands for all the others.
+    pub fn label(&self, name: Option<&str>) -> &str {
+        let Some(name) = name else { return DEFAULT };
+        self.config.weights.get_key_value(name).map_or(OTHERS, |(name, _)| name)
     }
 }
 
@@ -50,5 +65,16 @@ mod tests {
         let asked = [None, Some("paying"), Some("other"), Some("default"), Some("paying")];
         let expected = [(0, 0.5), (1, 3.0), (2, 1.0), (0, 0.5), (1, 3.0)];
         assert_eq!(asked.map(|name| tenants.get(name)), expected.map(|(id, weight)| (TenantId(id), weight)));
+        assert_eq!(asked.map(|name| tenants.label(name)), ["default", "paying", "others", "default", "paying"]);
+    }
+
+    #[test]
+    fn names_without_end_share_one_account() {
+        let tenants = Tenants::new(TenantsConfig { weights: BTreeMap::from([("paying".to_owned(), 3.0)]) });
+        let ids: std::collections::BTreeSet<TenantId> =
+            (0..MOST_NAMES + 100).map(|n| tenants.get(Some(&format!("{n}"))).0).collect();
+        assert_eq!(ids.len(), MOST_NAMES);
+        assert_eq!(tenants.get(Some("one more")), tenants.get(Some("others")));
+        assert_ne!(tenants.get(Some("paying")), tenants.get(Some("others")));
     }
 }

@@ -258,7 +258,13 @@ fn expect(what: &str, happened: bool) -> Result<(), String> {
 fn run(core: &mut Core, request: Request, preempt_every: usize) -> Result<(Vec<Event>, Finished), String> {
     request.validate(core.limits()).map_err(|error| error.to_string())?;
     let (events, receiver) = crossbeam_channel::unbounded();
-    core.add(vec![Arrival { id: SessionId(1), request: Arc::new(request), seed: 0, text: None, events }]);
+    core.add(vec![Arrival {
+        id: SessionId(1),
+        request: Arc::new(request),
+        seed: 0,
+        text: None,
+        events: Box::new(events),
+    }]);
     let mut seen = Vec::new();
     loop {
         if matches!(core.turn(), Turn::Idle { .. }) && core.has_sessions() {

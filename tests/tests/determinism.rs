@@ -34,7 +34,9 @@ fn tokens(session: &Session) -> Vec<u32> {
 }
 
 fn start(model: &str, flags: &[&str]) -> Serving {
-    let flags: Vec<&str> = ["--model.name", model].iter().chain(flags).copied().collect();
+    // However busy the machine is.
+    let own = ["--model.name", model, "--scheduler.queue_timeout_s", "0"];
+    let flags: Vec<&str> = own.iter().chain(flags).copied().collect();
     Serving::from_flags(&flags).expect("a running engine")
 }
 

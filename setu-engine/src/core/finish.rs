@@ -201,7 +201,8 @@ impl Core {
         view.generated_tokens += 1;
         self.accounts.charge_generated(view);
         if session.output.len() == 1 {
-            self.stats.ttft_s += self.events[event].time_s - view.arrival_s;
+            session.first_token_s = self.events[event].time_s;
+            self.stats.ttft_s += session.first_token_s - view.arrival_s;
             self.stats.first_tokens += 1;
         }
         view.last_token_s = self.events[event].time_s;
@@ -222,7 +223,7 @@ impl Core {
             }
         };
         let event = TokenEvent { token, text: piece.text, logprob };
-        if session.events.send(Event::Token(event)).is_err() {
+        if !session.events.send(Event::Token(event)) {
             self.end(index, FinishReason::Aborted);
         } else if piece.stopped {
             self.end(index, FinishReason::Stop(None));

@@ -31,7 +31,7 @@ use crate::clock::Clock;
 use crate::config::{EngineConfig, KvConfig};
 use crate::guard::{Fault, Guard, Guarded, TimeBudget, panic_message};
 use crate::kv::{GroupTable, KvStore};
-use crate::request::{Arrival, Event, FinishReason, Finished, Limits};
+use crate::request::{Arrival, Event, FinishReason, Finished, Limits, Timing, Usage};
 use crate::session::Session;
 use crate::stats::Stats;
 use crate::step_time::StepTimeFit;
@@ -190,10 +190,10 @@ impl Core {
     pub fn add(&mut self, arrivals: Vec<Arrival>) {
         let now_s = self.clock.now_s();
         if let Some(refusal) = self.refusal(arrivals.len()) {
-            for arrival in arrivals {
+            for mut arrival in arrivals {
                 self.trace_refused(arrival.id, arrival.request.prompt.len(), &refusal);
-                let usage = Default::default();
-                let finished = Finished { reason: refusal.clone(), text: String::new(), usage };
+                let (usage, timing) = (Usage::default(), Timing::default());
+                let finished = Finished { reason: refusal.clone(), text: String::new(), usage, timing };
                 let _ = arrival.events.send(Event::Finished(finished));
             }
             return;
@@ -345,7 +345,12 @@ impl Core {
         let text = session.finish_text();
         tracing::debug!(session = %session.id, generated = session.usage.generated_tokens, ?reason, "the session ended");
         // An owner who is gone doesn't mind.
-        let _ = session.events.send(Event::Finished(Finished { reason, text, usage: session.usage }));
+        let timing = Timing {
+            run_s: view.first_run_s - view.arrival_s,
+            first_token_s: session.first_token_s - view.arrival_s,
+            end_s: self.clock.now_s() - view.arrival_s,
+        };
+        let _ = session.events.send(Event::Finished(Finished { reason, text, usage: session.usage, timing }));
     }
 
     /// Lets the first of those that wait for the prompt of `leader`, which ended, compute it for the others.

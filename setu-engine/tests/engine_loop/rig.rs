@@ -327,7 +327,13 @@ impl Rig {
             let id = SessionId(self.next_id);
             self.next_id += 1;
             let (events, receiver) = unbounded();
-            arrivals.push(Arrival { id, request: request.clone(), seed: ask.seed + choice, text, events });
+            arrivals.push(Arrival {
+                id,
+                request: request.clone(),
+                seed: ask.seed + choice,
+                text,
+                events: Box::new(events),
+            });
             self.live.insert(id, receiver);
         }
         let ids = arrivals.iter().map(|arrival| arrival.id).collect();

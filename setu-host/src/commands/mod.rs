@@ -8,6 +8,7 @@ pub mod model;
 pub mod plugins;
 pub mod run;
 pub mod score;
+pub mod serve;
 pub mod tokenize;
 pub mod why;
 

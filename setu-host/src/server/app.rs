@@ -1,0 +1,166 @@
+//! What all handlers share, and the routes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post};
+use setu_core::sampling::SamplingParams;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::{Any, CorsLayer};
+
+use super::config::{ServerConfig, UnknownFields};
+use super::error::ApiError;
+use super::{chat, completions, metrics, models, openapi, status, text};
+use crate::serving::Serving;
+
+/// Names the fields of a request that nobody knew, where they are only warned of.
+pub const WARNING: HeaderName = HeaderName::from_static("x-setu-warning");
+
+/// The running server.
+pub struct App {
+    pub serving: Serving,
+    pub config: ServerConfig,
+    /// How tokens are sampled where a request doesn't say.
+    pub sampling: SamplingParams,
+    pub metrics: metrics::Metrics,
+    pub created_s: u64,
+    draining: AtomicBool,
+    requests: AtomicU64,
+    /// Tells the names of this start's answers from those of another.
+    salt: u64,
+}
+
+impl App {
+    pub fn new(serving: Serving, config: ServerConfig) -> App {
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        App {
+            sampling: serving.sampling().clone(),
+            serving,
+            config,
+            metrics: metrics::Metrics::new(),
+            created_s: started.as_secs(),
+            draining: AtomicBool::new(false),
+            requests: AtomicU64::new(0),
+            salt: started.as_nanos() as u64,
+        }
+    }
+
+    /// From now on `/ready` says no, so that nobody sends more.
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Release);
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
+    /// A name for an answer, such as `chatcmpl-…`.
+    pub fn answer_id(&self, prefix: &str) -> String {
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        format!("{prefix}-{:016x}{number:08x}", self.salt)
+    }
+
+    /// The model's name, where `asked` is it or one of its others.
+    ///
+    /// # Errors
+    /// It is another model's.
+    pub fn model<'a>(&'a self, asked: Option<&'a str>) -> Result<&'a str, ApiError> {
+        let own = self.serving.model_name();
+        let Some(asked) = asked else { return Ok(own) };
+        if asked == own || self.config.model_names.iter().any(|name| name == asked) {
+            return Ok(asked);
+        }
+        let names: Vec<&str> = [own].into_iter().chain(self.config.model_names.iter().map(String::as_str)).collect();
+        let message = format!("the model `{asked}` isn't served here; there is {}", names.join(", "));
+        let error = ApiError { status: StatusCode::NOT_FOUND, ..ApiError::invalid("model", message) };
+        Err(error.with_code("model_not_found"))
+    }
+
+    /// The header that warns of unknown fields.
+    pub fn warned(&self, unknown: &[String], mut response: Response) -> Response {
+        if !unknown.is_empty() && self.config.unknown_fields == UnknownFields::Warn {
+            let text: String = unknown.join(", ").chars().filter(|c| c.is_ascii_graphic() || *c == ' ').collect();
+            if let Ok(value) = HeaderValue::from_str(&format!("unknown fields: {text}")) {
+                response.headers_mut().insert(WARNING, value);
+            }
+        }
+        response
+    }
+}
+
+/// Every route.
+pub fn router(app: Arc<App>) -> Router {
+    let route = |methods: MethodRouter<Arc<App>>| methods.fallback(method_not_allowed);
+    let cors = cors(&app.config);
+    let limit = usize::try_from(app.config.max_body).unwrap_or(usize::MAX);
+    Router::new()
+        .route("/v1/chat/completions", route(post(chat::create)))
+        .route("/v1/completions", route(post(completions::create)))
+        .route("/v1/models", route(get(models::list)))
+        .route("/v1/models/{*model}", route(get(models::retrieve)))
+        .route("/tokenize", route(post(text::tokenize)))
+        .route("/detokenize", route(post(text::detokenize)))
+        .route("/health", route(get(status::health)))
+        .route("/ready", route(get(status::ready)))
+        .route("/version", route(get(status::version)))
+        .route("/metrics", route(get(metrics::render)))
+        .route("/openapi.json", route(get(openapi::get)))
+        .fallback(not_found)
+        .layer(middleware::from_fn_with_state(app.clone(), errors_in_shape))
+        .layer(DefaultBodyLimit::max(limit))
+        .layer(CatchPanicLayer::custom(|_| {
+            ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the server failed at this request").into_response()
+        }))
+        .layer(cors)
+        .with_state(app)
+}
+
+async fn not_found(request: Request) -> ApiError {
+    ApiError::new(StatusCode::NOT_FOUND, format!("there is no {} {}", request.method(), request.uri().path()))
+}
+
+async fn method_not_allowed(request: Request) -> ApiError {
+    let (method, path) = (request.method(), request.uri().path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, format!("{path} doesn't take {method}"))
+}
+
+/// Gives refusals that aren't a handler's own, such as of a body that is too large, the shape of all others.
+async fn errors_in_shape(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let response = next.run(request).await;
+    let is_text = |response: &Response| {
+        let kind = response.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+        kind.is_none_or(|kind| kind.starts_with("text/plain"))
+    };
+    if !response.status().is_client_error() || !is_text(&response) {
+        return response;
+    }
+    let status = response.status();
+    let message = match status {
+        StatusCode::PAYLOAD_TOO_LARGE => format!("the body is larger than {} bytes", app.config.max_body),
+        _ => status.canonical_reason().unwrap_or("the request is refused").to_owned(),
+    };
+    ApiError::new(status, message).into_response()
+}
+
+fn cors(config: &ServerConfig) -> CorsLayer {
+    let layer = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers(Any)
+        .expose_headers([WARNING, header::RETRY_AFTER]);
+    if config.cors_origins.iter().any(|origin| origin == "*") {
+        return layer.allow_origin(Any);
+    }
+    layer
+        .allow_origin(config.cors_origins.iter().filter_map(|origin| origin.parse().ok()).collect::<Vec<HeaderValue>>())
+}
+
+/// Seconds since 1970.
+pub fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

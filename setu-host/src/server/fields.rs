@@ -1,0 +1,109 @@
+//! The published table of request fields, made from the types that requests are read into.
+
+use std::fmt::Write;
+
+use serde_json::{Map, Value};
+
+use super::openapi::document;
+
+/// A page that lists every field of every request, with what becomes of it.
+///
+/// # Panics
+/// The server's own description has another form than OpenAPI's.
+pub fn markdown() -> String {
+    let document = serde_json::to_value(document()).expect("a description is JSON");
+    let mut page = String::from(
+        "# Fields of requests\n\nGenerated from the types that requests are read into; a test holds it fresh. What is not listed is refused by name \
+         (with `[server] unknown_fields = \"warn\"` it is named in the header `x-setu-warning` instead). A field that is null counts as absent.\n",
+    );
+    for (path, item) in document["paths"].as_object().into_iter().flatten() {
+        let Some(operation) = item.get("post") else { continue };
+        let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
+        let about = operation["summary"].as_str().or(operation["description"].as_str()).unwrap_or_default();
+        let _ = write!(page, "\n## `POST {path}`\n\n{}\n", about.trim_end());
+        let mut nested = Vec::new();
+        table(&mut page, &document, schema, &mut nested);
+        for (name, schema) in nested {
+            let _ = write!(page, "\n### `{name}`\n");
+            table(&mut page, &document, &schema, &mut Vec::new());
+        }
+    }
+    page
+}
+
+fn table(page: &mut String, document: &Value, schema: &Value, nested: &mut Vec<(String, Value)>) {
+    page.push_str("\n| field | takes | what becomes of it |\n| --- | --- | --- |\n");
+    let schema = resolve(document, schema);
+    let required: Vec<&str> = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let mut fields: Vec<(&String, &Value)> = schema["properties"].as_object().into_iter().flatten().collect();
+    // What is provided first, and what must be given before that.
+    fields.sort_by_key(|(name, field)| (is_refused(document, field), !required.contains(&name.as_str())));
+    for (name, field) in fields {
+        if is_refused(document, field) {
+            let _ = writeln!(page, "| `{name}` | | **refused**: known and not provided |");
+            continue;
+        }
+        let text = field["description"].as_str().unwrap_or_default().replace('\n', " ");
+        let must = if required.contains(&name.as_str()) { "**required.** " } else { "" };
+        let _ = writeln!(page, "| `{name}` | {} | {must}{text} |", takes(document, field).replace('|', "\\|"));
+        let inner = object_in(document, field);
+        if let Some(inner) = inner {
+            nested.push((name.clone(), inner));
+        }
+    }
+}
+
+/// The object that a field holds, itself or in an array.
+fn object_in(document: &Value, field: &Value) -> Option<Value> {
+    let field = resolve(document, field);
+    let alternatives = field["oneOf"].as_array().into_iter().flatten();
+    let candidates = [field, resolve(document, &field["items"])].into_iter().chain(alternatives);
+    let mut objects = candidates.map(|candidate| resolve(document, candidate));
+    objects.find(|candidate| candidate.get("properties").is_some()).cloned()
+}
+
+fn is_refused(document: &Value, field: &Value) -> bool {
+    resolve(document, field)["type"] == "null"
+}
+
+fn resolve<'a>(document: &'a Value, schema: &'a Value) -> &'a Value {
+    let name = schema["$ref"].as_str().and_then(|reference| reference.strip_prefix("#/components/schemas/"));
+    name.map_or(schema, |name| &document["components"]["schemas"][name])
+}
+
+/// What values a field takes, in a few words.
+fn takes(document: &Value, field: &Value) -> String {
+    let field = resolve(document, field);
+    let several = ["oneOf", "anyOf"].into_iter().find_map(|key| field[key].as_array());
+    if let Some(several) = several {
+        let kinds: Vec<String> =
+            several.iter().map(|one| takes(document, one)).filter(|kind| kind != "null" && !kind.is_empty()).collect();
+        return kinds.join(" or ");
+    }
+    if let Some(values) = field["enum"].as_array() {
+        return values.iter().map(|value| format!("`{value}`")).collect::<Vec<_>>().join(", ");
+    }
+    let kind = match &field["type"] {
+        Value::Array(kinds) => {
+            kinds.iter().filter_map(Value::as_str).find(|kind| *kind != "null").unwrap_or_default().to_owned()
+        }
+        kind => kind.as_str().unwrap_or_default().to_owned(),
+    };
+    match kind.as_str() {
+        "array" => format!("array of {}", takes(document, &field["items"])),
+        "integer" | "number" => format!("{kind}{}", range(field.as_object())),
+        _ => kind,
+    }
+}
+
+fn range(field: Option<&Map<String, Value>>) -> String {
+    let bound = |key: &str| field.and_then(|field| field.get(key)).and_then(Value::as_f64);
+    let low = bound("minimum").map(|low| format!("from {low}"));
+    let low = low.or(bound("exclusiveMinimum").map(|low| format!("over {low}")));
+    let high = bound("maximum").map(|high| format!("to {high}"));
+    match (low, high) {
+        (Some(low), Some(high)) => format!(" {low} {high}"),
+        (Some(bound), None) | (None, Some(bound)) => format!(" {bound}"),
+        (None, None) => String::new(),
+    }
+}

@@ -1,0 +1,86 @@
+//! `setu serve`: the engine behind HTTP, for any client of OpenAI's API.
+//!
+//! A request is read ([`body`]), turned into sessions of the engine ([`generation`]) and their events into an answer,
+//! whole or as a stream ([`chat`], [`completions`]). The engine's thread knows nothing of HTTP: it hands events to
+//! channels, and a client that goes away drops its sessions, which frees their pages within a step.
+//!
+//! **Honour or refuse.** Every field that a request may have is declared, with what becomes of it, in the request's
+//! type; from it come the reading, `/openapi.json` and the published table of fields. What isn't declared is refused
+//! by name, and so is what is known and not provided.
+
+mod app;
+mod body;
+mod chat;
+mod completions;
+mod config;
+mod content;
+mod error;
+mod fields;
+mod generation;
+mod metrics;
+mod models;
+mod openapi;
+mod shared;
+mod sse;
+mod status;
+mod text;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+
+pub use app::router;
+pub use config::{ServerConfig, UnknownFields};
+pub use fields::markdown;
+pub use openapi::document;
+
+use crate::cli::Failure;
+use crate::serving::Serving;
+use app::App;
+
+/// Serves until `stop` is ready, then lets running requests end for as long as the configuration says.
+///
+/// # Errors
+/// The address can't be listened on.
+pub fn serve(
+    serving: Serving,
+    config: ServerConfig,
+    on_listening: impl FnOnce(SocketAddr),
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), Failure> {
+    let failed = |what: &str, error: std::io::Error| Failure::Failed(format!("{what}: {error}"));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(config.threads as usize)
+        .thread_name("setu-http")
+        .enable_all()
+        .build()
+        .map_err(|error| failed("the server's threads can't be started", error))?;
+    let drain = Duration::from_secs_f64(config.drain_s);
+    let result = runtime.block_on(async {
+        let address = format!("{}:{}", config.host, config.port);
+        let listener = TcpListener::bind(&address).await;
+        let listener = listener.map_err(|error| failed(&format!("{address} can't be listened on"), error))?;
+        on_listening(listener.local_addr().map_err(|error| failed("the address can't be read", error))?);
+        let app = Arc::new(App::new(serving, config));
+        let (draining, drained) = (app.clone(), tokio::sync::Notify::new());
+        let drained = Arc::new(drained);
+        let begun = drained.clone();
+        let served = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
+            stop.await;
+            draining.drain();
+            begun.notify_one();
+        });
+        tokio::select! {
+            result = served => result.map_err(|error| failed("the server stopped", error)),
+            () = async { drained.notified().await; tokio::time::sleep(drain).await } => {
+                tracing::warn!(drain_s = drain.as_secs_f64(), "requests that still run are cut off");
+                Ok(())
+            }
+        }
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}

@@ -1,0 +1,36 @@
+//! `/openapi.json`: what the server takes and answers, from the very types that it reads and writes.
+
+use axum::Json;
+use utoipa::OpenApi;
+
+use super::{chat, completions, metrics, models, status, text};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Setu", description = "An LLM inference engine whose every part is a plugin."),
+    paths(
+        chat::create,
+        completions::create,
+        models::list,
+        models::retrieve,
+        text::tokenize,
+        text::detokenize,
+        status::health,
+        status::ready,
+        status::version,
+        metrics::render,
+        get,
+    )
+)]
+struct Document;
+
+/// The description of the whole server.
+pub fn document() -> utoipa::openapi::OpenApi {
+    Document::openapi()
+}
+
+/// Describes the server.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, body = Object)))]
+pub async fn get() -> Json<utoipa::openapi::OpenApi> {
+    Json(document())
+}
