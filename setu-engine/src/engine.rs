@@ -183,7 +183,10 @@ impl Engine {
     ) -> Result<Vec<Handle>> {
         request.validate(&self.limits)?;
         let n = request.params.n;
-        let base = request.params.seed.unwrap_or_else(|| mix(self.seeds.fetch_add(1, Ordering::Relaxed)));
+        let base = request.params.seed.unwrap_or_else(|| {
+            // Numbers in JSON are exact up to here, so that a client can give back what it was told.
+            mix(self.seeds.fetch_add(1, Ordering::Relaxed)) >> 11
+        });
         let mut texts = std::mem::take(&mut request.text).into_iter();
         let request = Arc::new(request);
         let mut handles = Vec::with_capacity(n as usize);

@@ -13,6 +13,7 @@ fn generated_files_are_fresh() {
     let mut check = |path: &Path, text: &str| problems.extend(ensure_file_contents(path, text).err());
     check(&root.join("setu.example.toml"), &example(&setup.layout));
     check(&root.join("docs/setu.schema.json"), &format!("{:#}\n", json_schema(&setup.layout)));
+    check(&root.join("docs/reference/requests.md"), &setu_host::server::markdown());
     for (path, page) in reference(&setup.layout) {
         check(&root.join("docs/reference").join(path), &page);
     }

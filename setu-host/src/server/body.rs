@@ -7,6 +7,7 @@ use serde_json::Value;
 use serde_path_to_error::Path;
 
 use super::config::UnknownFields;
+use super::content::Object;
 use super::error::ApiError;
 
 /// Most unknown fields that a request may have where they are only warned of.
@@ -43,7 +44,7 @@ pub fn read<T: DeserializeOwned>(
     let mut unknown = Vec::new();
     loop {
         let error = match serde_path_to_error::deserialize(&value) {
-            Ok(request) => return Ok(Body { request, unknown }),
+            Ok(Object(request)) => return Ok(Body { request, unknown }),
             Err(error) => error,
         };
         let Some(name) = unknown_name(&error).filter(|_| unknown.len() < MOST_UNKNOWN) else {
@@ -58,7 +59,7 @@ pub fn read<T: DeserializeOwned>(
 }
 
 fn parse<T: DeserializeOwned>(body: &Bytes) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
-    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(body))
+    serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_slice(body)).map(|Object(request)| request)
 }
 
 /// The field that serde doesn't know.

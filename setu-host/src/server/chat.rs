@@ -16,18 +16,18 @@ use utoipa::ToSchema;
 
 use super::app::{App, now_s};
 use super::body;
-use super::content::Content;
+use super::content::{Content, Object};
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Answer, Generation, Prompt, check, finish_name};
-use super::shared::{Accepted, Refused, UsageBody, check as check_params, text_request};
+use super::shared::{Accepted, Refused, StreamOptions, UsageBody, check as check_params, text_request};
 use super::{sse, text};
 
 text_request! {
     /// A conversation that is to be continued.
     pub struct ChatRequest {
         /// The conversation so far.
-        #[schema(min_items = 1)]
-        pub messages: Vec<ChatMessage>,
+        #[schema(min_items = 1, value_type = Vec<ChatMessage>)]
+        pub messages: Vec<Object<ChatMessage>>,
         /// Longest answer, in tokens; without it what the model's length leaves.
         #[serde(default)]
         #[schema(minimum = 1)]
@@ -50,7 +50,7 @@ text_request! {
         #[serde(default)]
         #[expect(dead_code, reason = "which values are taken is checked as they are read")]
         #[schema(value_type = Option<ResponseFormat>)]
-        pub response_format: Accepted<ResponseFormat>,
+        pub response_format: Accepted<Object<ResponseFormat>>,
         /// What the answer is made of: only `["text"]` is provided.
         #[serde(default)]
         #[expect(dead_code, reason = "which values are taken is checked as they are read")]
@@ -173,7 +173,7 @@ struct ChatChoice {
     logprobs: Option<ChatLogprobs>,
     finish_reason: &'static str,
     /// The seed that repeats it.
-    seed: u64,
+    seed: i64,
 }
 
 /// What the model says.
@@ -253,7 +253,7 @@ pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Byte
     let generation = Generation::start(&app, vec![prompt], &params, &request.options()).await?;
     let answer = Envelope { id: app.answer_id("chatcmpl"), created: now_s(), model };
     let response = if request.stream == Some(true) {
-        let include_usage = request.stream_options.and_then(|options| options.include_usage) == Some(true);
+        let include_usage = request.stream_options.and_then(|options| options.0.include_usage) == Some(true);
         sse::response(stream(app.clone(), generation, answer, include_usage))
     } else {
         let answers = generation.collect().await?;
@@ -263,19 +263,19 @@ pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Byte
 }
 
 /// Tokens of a conversation, open for an answer.
-pub async fn encode(app: &Arc<App>, messages: &[ChatMessage]) -> Result<Vec<u32>, ApiError> {
+pub async fn encode(app: &Arc<App>, messages: &[Object<ChatMessage>]) -> Result<Vec<u32>, ApiError> {
     encode_with(app, messages, serde_json::Map::new()).await
 }
 
 async fn encode_with(
     app: &Arc<App>,
-    messages: &[ChatMessage],
+    messages: &[Object<ChatMessage>],
     variables: serde_json::Map<String, serde_json::Value>,
 ) -> Result<Vec<u32>, ApiError> {
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "`messages` is empty"));
     }
-    let values = messages.iter().enumerate().map(|(index, message)| message.value(index));
+    let values = messages.iter().enumerate().map(|(index, Object(message))| message.value(index));
     let mut input = ChatInput::new(values.collect::<Result<_, _>>()?);
     input.variables = variables.into_iter().map(|(name, value)| (name, ChatValue::from(value))).collect();
     let rendering = app.clone();
@@ -365,7 +365,7 @@ impl Envelope {
     fn whole(self, app: &App, answers: Vec<Answer>) -> ChatBody {
         let mut usage = UsageBody::default();
         let choice = |(index, answer): (usize, Answer)| {
-            let seed = answer.seed;
+            let seed = answer.seed as i64;
             usage.add(&answer.usage, index == 0);
             let content = answer.logprobs.iter().map(|logprob| chat_logprob(app, logprob)).collect::<Vec<_>>();
             let logprobs = (!content.is_empty()).then_some(ChatLogprobs { content, refusal: None });

@@ -20,7 +20,7 @@ use super::body;
 use super::content::Prompts;
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Answer, Generation, Prompt, check, finish_name};
-use super::shared::{Refused, UsageBody, check as check_params, text_request};
+use super::shared::{Refused, StreamOptions, UsageBody, check as check_params, text_request};
 use super::{sse, text};
 
 /// Longest answer where nobody says, as OpenAI has it.
@@ -73,7 +73,7 @@ struct CompletionChoice {
     finish_reason: Option<&'static str>,
     /// The seed that repeats it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    seed: Option<u64>,
+    seed: Option<i64>,
 }
 
 /// Log-probabilities of tokens, each list with an entry a token.
@@ -110,7 +110,7 @@ pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Byte
         Echo { texts: echoed, tokens, choices: params.n as usize, with_logprobs: params.prompt_logprobs.is_some() };
     let answer = Envelope { id: app.answer_id("cmpl"), created: now_s(), model, echo };
     let response = if request.stream == Some(true) {
-        let include_usage = request.stream_options.and_then(|options| options.include_usage) == Some(true);
+        let include_usage = request.stream_options.and_then(|options| options.0.include_usage) == Some(true);
         sse::response(stream(app.clone(), generation, answer, include_usage))
     } else {
         let answers = generation.collect().await?;
@@ -233,7 +233,7 @@ impl Envelope {
             answer.prompt_logprobs.iter().chain(&answer.logprobs).for_each(|logprob| logprobs.push(app, logprob));
             let text = self.echo.text(index).to_owned() + &answer.text;
             let finish_reason = Some(finish_name(answer.reason.as_ref()));
-            CompletionChoice { index, text, logprobs: logprobs.if_any(), finish_reason, seed: Some(answer.seed) }
+            CompletionChoice { index, text, logprobs: logprobs.if_any(), finish_reason, seed: Some(answer.seed as i64) }
         };
         let choices = answers.into_iter().enumerate().map(choice).collect();
         self.body(choices, Some(usage))

@@ -2,13 +2,18 @@
 //! that what is wrong is told at its place.
 
 use std::fmt;
+use std::marker::PhantomData;
 
 use serde::Deserialize;
-use serde::de::value::SeqAccessDeserializer;
-use serde::de::{Deserializer, Error, SeqAccess, Visitor};
+use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
+use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, OneOfBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
+
+/// What is an object in JSON: a struct would be read from an array as well, which nobody means.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Object<T>(pub T);
 
 /// Text of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +44,24 @@ enum Part {
     Text { text: String },
 }
 
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Object<T>, D::Error> {
+        struct Read<T>(PhantomData<T>);
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Read<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+        deserializer.deserialize_map(Read(PhantomData))
+    }
+}
+
 impl<'de> Deserialize<'de> for Content {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Content, D::Error> {
         struct Read;
@@ -54,8 +77,8 @@ impl<'de> Deserialize<'de> for Content {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, parts: A) -> Result<Content, A::Error> {
-                let parts = Vec::<Part>::deserialize(SeqAccessDeserializer::new(parts))?;
-                Ok(Content(parts.into_iter().map(|Part::Text { text }| text).collect()))
+                let parts = Vec::<Object<Part>>::deserialize(SeqAccessDeserializer::new(parts))?;
+                Ok(Content(parts.into_iter().map(|Object(Part::Text { text })| text).collect()))
             }
         }
         deserializer.deserialize_any(Read)

@@ -170,7 +170,8 @@ macro_rules! text_request {
             pub stream: Option<bool>,
             /// How it is streamed; needs `stream`.
             #[serde(default)]
-            pub stream_options: Option<crate::server::shared::StreamOptions>,
+            #[schema(value_type = Option<StreamOptions>)]
+            pub stream_options: Option<crate::server::content::Object<StreamOptions>>,
             /// Whose request it is: the tenant that it is accounted to.
             #[serde(default)]
             pub user: Option<String>,

@@ -14,6 +14,7 @@ use utoipa::ToSchema;
 use super::app::App;
 use super::body;
 use super::chat::{self, ChatMessage};
+use super::content::Object;
 use super::error::{ApiError, ErrorBody};
 
 /// A text or a conversation whose tokens are asked for.
@@ -28,7 +29,8 @@ pub struct TokenizeRequest {
     pub prompt: Option<String>,
     /// A conversation, which the model's chat template renders.
     #[serde(default)]
-    pub messages: Option<Vec<ChatMessage>>,
+    #[schema(value_type = Option<Vec<ChatMessage>>)]
+    pub messages: Option<Vec<Object<ChatMessage>>>,
     /// Whether tokens that begin and end a prompt are added to a text; true where it isn't given.
     #[serde(default)]
     pub add_special_tokens: Option<bool>,
