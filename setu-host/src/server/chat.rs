@@ -120,6 +120,8 @@ pub struct ChatMessage {
     pub audio: Refused,
     #[serde(default)]
     pub refusal: Refused,
+    #[serde(default)]
+    pub annotations: Refused,
 }
 
 /// Who speaks. A developer is to the model what the system is.
@@ -292,6 +294,7 @@ impl ChatMessage {
             ("function_call", self.function_call),
             ("audio", self.audio),
             ("refusal", self.refusal),
+            ("annotations", self.annotations),
         ];
         for (name, field) in refused {
             field.check(&format!("messages[{index}].{name}"), "messages are of text")?;

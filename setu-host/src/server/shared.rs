@@ -139,7 +139,7 @@ macro_rules! text_request {
             #[serde(default)]
             #[schema(minimum = -100, maximum = 100)]
             pub presence_penalty: Option<f32>,
-            /// The same, once for each time that a token is in the answer.
+            /// Subtracted from the logits of tokens in the answer so far, once for each time that a token is in it.
             #[serde(default)]
             #[schema(minimum = -100, maximum = 100)]
             pub frequency_penalty: Option<f32>,
