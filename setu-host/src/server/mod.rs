@@ -1,7 +1,7 @@
 //! `setu serve`: the engine behind HTTP, for any client of OpenAI's API.
 //!
-//! A request is read ([`body`]), turned into sessions of the engine ([`generation`]) and their events into an answer,
-//! whole or as a stream ([`chat`], [`completions`]). The engine's thread knows nothing of HTTP: it hands events to
+//! A request is read (`body`), turned into sessions of the engine (`generation`) and their events into an answer,
+//! whole or as a stream (`chat`, `completions`). The engine's thread knows nothing of HTTP: it hands events to
 //! channels, and a client that goes away drops its sessions, which frees their pages within a step.
 //!
 //! **Honour or refuse.** Every field that a request may have is declared, with what becomes of it, in the request's
