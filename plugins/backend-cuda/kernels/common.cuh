@@ -17,7 +17,7 @@ typedef unsigned long long u64;
     extern __shared__ uint4 dynamic_shared_memory[];                                                                   \
     type *name = reinterpret_cast<type *>(dynamic_shared_memory)
 #define KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(1024) name(__VA_ARGS__)
-#define KERNEL_OF(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+#define KERNEL_OF(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
 #define INFINITY_F __int_as_float(0x7f800000)
 #else
 #define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(cuemu::dynamic_shared)

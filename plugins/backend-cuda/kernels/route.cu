@@ -50,16 +50,31 @@ KERNEL(route, const float *x, int x_stride, float *y, int y_stride, int experts,
     }
 }
 
-// Lists the rows of each expert: one warp counts the rows of all, adds the counts up and writes the lists.
-// Expert e has the pairs `offsets[e]` to `offsets[e + 1]` in the order of rows; `pairs` says of each row and
-// expert which pair it is.
+// Lists the rows of each expert. A warp counts the rows of its experts, one thread adds the counts up, and the
+// warps write the lists. Expert e has the pairs `offsets[e]` to `offsets[e + 1]` in the order of rows; `pairs` says of
+// each row and expert which pair it is.
 KERNEL(expert_lists, const float *routing, int stride, int tokens, int experts, u32 *offsets, u32 *rows, u32 *pairs) {
-    int lane = lane_of_thread();
-    u32 next = 0;
-    for (int expert = 0; expert < experts; expert++) {
-        if (lane == 0) {
-            offsets[expert] = next;
+    int lane = lane_of_thread(), warps = blockDim.x >> 5;
+    for (int expert = warp_of_thread(); expert < experts; expert += warps) {
+        u32 count = 0;
+        for (int row = lane; row < tokens; row += 32) {
+            count += routing[static_cast<size_t>(row) * stride + expert] != 0.0f;
         }
+        count = warp_sum(count);
+        if (lane == 0) {
+            offsets[expert + 1] = count;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        offsets[0] = 0;
+        for (int expert = 0; expert < experts; expert++) {
+            offsets[expert + 1] += offsets[expert];
+        }
+    }
+    __syncthreads();
+    for (int expert = warp_of_thread(); expert < experts; expert += warps) {
+        u32 next = offsets[expert];
         for (int first = 0; first < tokens; first += 32) {
             int row = first + lane;
             bool chosen = row < tokens && routing[static_cast<size_t>(row) * stride + expert] != 0.0f;
@@ -71,9 +86,6 @@ KERNEL(expert_lists, const float *routing, int stride, int tokens, int experts, 
             }
             next += __popc(votes);
         }
-    }
-    if (lane == 0) {
-        offsets[experts] = next;
     }
 }
 

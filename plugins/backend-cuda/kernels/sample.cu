@@ -17,7 +17,7 @@ struct Want {
 constexpr u32 WANT_SAMPLE = 1, WANT_LOGPROB = 2, WANT_SCORE = 4, WANT_MASKED = 16;
 
 // A number in [0, 1) that depends on seed and position alone: Philox4x32-10.
-__device__ double uniform(u64 seed, u64 position) {
+__device__ __forceinline__ double uniform(u64 seed, u64 position) {
     u32 counter[4] = {static_cast<u32>(position), static_cast<u32>(position >> 32), 0, 0};
     u32 key[2] = {static_cast<u32>(seed), static_cast<u32>(seed >> 32)};
     for (int round = 0; round < 10; round++) {
@@ -36,7 +36,7 @@ __device__ double uniform(u64 seed, u64 position) {
 }
 
 // Writes the logits as bias, penalties, suppression and mask change them to `out`.
-__device__ void process(const Slot &slot, const u32 *seen, const u32 *mask, const float *logits, int vocab,
+__device__ __forceinline__ void process(const Slot &slot, const u32 *seen, const u32 *mask, const float *logits, int vocab,
                         float *out) {
     for (int token = threadIdx.x; token < vocab; token += blockDim.x) {
         out[token] = logits[token];
@@ -85,7 +85,7 @@ __device__ void process(const Slot &slot, const u32 *seen, const u32 *mask, cons
 }
 
 // The highest logit's token, the lowest of several; none where a logit is NaN or none is over −∞.
-__device__ u32 argmax(const float *logits, int vocab, u64 *partial) {
+__device__ __forceinline__ u32 argmax(const float *logits, int vocab, u64 *partial) {
     u64 best = 0;
     for (int token = threadIdx.x; token < vocab; token += blockDim.x) {
         float logit = logits[token];
@@ -102,7 +102,7 @@ __device__ u32 argmax(const float *logits, int vocab, u64 *partial) {
 }
 
 // Samples from processed logits.
-__device__ u32 sample(const Slot &slot, const float *logits, int vocab, u64 position, double *partial,
+__device__ __forceinline__ u32 sample(const Slot &slot, const float *logits, int vocab, u64 position, double *partial,
                       u64 *partial_bits) {
     u32 best = argmax(logits, vocab, partial_bits);
     if (best == NO_TOKEN || slot.temperature == 0.0f || slot.top_k == 1) {

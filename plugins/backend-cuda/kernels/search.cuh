@@ -37,7 +37,7 @@ template <class Term> __device__ __forceinline__ double vocabulary_sum(int vocab
 // The shortest prefix whose weights reach `wanted`, or where `strictly` are over it; the whole where none does.
 // Ranks have `rank_bits` bits.
 template <class Rank, class Weight>
-__device__ Cut find_cut(int vocab, double *partial, int rank_bits, Rank rank, Weight weight, double wanted,
+__device__ __forceinline__ Cut find_cut(int vocab, double *partial, int rank_bits, Rank rank, Weight weight, double wanted,
                         bool strictly) {
     auto reached = [&](Cut cut) {
         double sum = vocabulary_sum(

@@ -12,6 +12,9 @@ use setu_core::{Error, Result};
 /// Names of the library, the newest first.
 const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 
+/// What compiling gives where an option, such as the architecture, isn't known.
+const INVALID_OPTION: c_int = 5;
+
 type Program = *mut c_void;
 type Create = unsafe extern "C" fn(
     *mut Program,
@@ -147,6 +150,13 @@ impl Nvrtc {
         let cubin = self.output(program, self.cubin_size, self.cubin);
         // SAFETY: as above.
         unsafe { (self.destroy)(&mut program) };
+        if compiled == INVALID_OPTION {
+            let (major, minor) = self.version();
+            return Err(Error::unsupported(format!(
+                "NVRTC {major}.{minor} is too old or too new for this device, install another: {}",
+                log.trim()
+            )));
+        }
         if compiled != 0 {
             let name = source.name;
             return Err(Error::internal(format!(

@@ -290,7 +290,7 @@ impl Experts {
         let ExpertScratch { offsets, rows, pairs, gated, upped, downed, cols, stride } = self.scratch;
         let lists = operand(Arguments::new(), self.routing).int(pass.rows).int(self.experts);
         let lists = lists.address(offsets).address(rows).address(pairs);
-        pass.launch(&self.lists, Shape::new((1, 1, 1), 32), lists)?;
+        pass.launch(&self.lists, Shape::new((1, 1, 1), 32 * self.experts.min(32)), lists)?;
 
         let matrix = |kernels: &ByRows, weights: u64, by_pair: bool, x: Operand, out: Operand| {
             let (kernel, tokens) = kernels.choose(pass.rows);

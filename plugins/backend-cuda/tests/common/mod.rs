@@ -1,30 +1,22 @@
-//! The emulated driver: built once with g++, and loaded in place of the system's.
+//! Backends on the emulated driver, and a model for them.
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+use std::path::Path;
 use std::sync::Once;
 
 use setu_backend_cuda::{CudaBackend, CudaConfig};
-use setu_core::Backend;
 use setu_core::component::Component;
+use setu_core::graph::{Graph, GraphBuilder, KvGroupKind, KvLayer, RopeStyle, RopeTable, Shard};
+use setu_core::{Backend, Result};
 
-/// Has the CUDA driver of this process be the emulated one.
-///
-/// # Panics
-/// It doesn't build or load.
-pub fn emulate() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let library = build();
-        let name = CString::new(library.as_os_str().as_bytes()).expect("a path without NUL");
-        // The library calls itself `libcuda.so`: whoever asks for that from now on gets this one, even where
-        // there is another in the library path.
-        // SAFETY: the emulator's initialisers do nothing but fill its table of kernels.
-        let loaded = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-        assert!(!loaded.is_null(), "{} doesn't load", library.display());
-    });
+/// Tokens of the models' vocabulary, and the longest session.
+pub const VOCAB: u32 = 50;
+pub const MAX_LEN: u32 = 448;
+
+/// Where the emulated driver is built.
+pub fn folder() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
 /// A backend on the emulated driver.
@@ -32,29 +24,53 @@ pub fn emulate() {
 /// # Panics
 /// The driver isn't there.
 pub fn backend() -> Box<dyn Backend> {
-    emulate();
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| setu_cuemu::load(folder()));
     Box::new(CudaBackend::build(CudaConfig::default()).expect("the emulated driver has a device"))
 }
 
-/// Builds the emulated driver, as `libcuda.so` in a folder of its own: its path.
-///
-/// # Panics
-/// There is no g++, or it refuses the sources.
-pub fn build() -> PathBuf {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("emulator");
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuemu");
-    std::fs::create_dir_all(&folder).expect("the target folder can be written");
-    let library = folder.join("libcuda.so");
-    let partial = folder.join(format!("libcuda.so.{}", std::process::id()));
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
-    let mut command = Command::new(&compiler);
-    command.args(["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared"]);
-    command.args(["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wl,-soname,libcuda.so", "-o"]);
-    command.arg(&partial).args(["kernels.cpp", "scheduler.cpp", "driver.cpp"]).current_dir(&sources);
-    let output = command.output().unwrap_or_else(|error| {
-        panic!("the emulated driver needs a C++ compiler ({}: {error}): install g++", compiler.display())
-    });
-    assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
-    std::fs::rename(&partial, &library).expect("the target folder can be written");
-    library
+/// The heads of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub k_dim: u32,
+    pub v_dim: u32,
+    pub window: Option<u32>,
+}
+
+/// Two layers of attention between an embedding and a head.
+pub fn model(shape: Heads) -> Result<Graph> {
+    let Heads { heads, kv_heads, k_dim, v_dim, window } = shape;
+    let mut g = GraphBuilder::new("attention", VOCAB, MAX_LEN);
+    let kind = window.map_or(KvGroupKind::Full, |tokens| KvGroupKind::SlidingWindow { tokens });
+    let group = g.kv_group("group", kind);
+    let inv_freq = (0..k_dim / 2).map(|i| 100f64.powf(-2.0 * f64::from(i) / f64::from(k_dim))).collect();
+    let rope = g.rope_table(RopeTable { inv_freq, magnitude: 1.0 });
+    let hidden = 32;
+    let table = g.weight("embed", "embed", &[VOCAB as usize, hidden], Shard::Replicated);
+    let mut x = g.embed("embed", table)?;
+    for layer in 0..2 {
+        x = g.scope(format!("layers.{layer}"), |g| {
+            let linear = |g: &mut GraphBuilder, name: &str, x, rows: u32, cols: usize| {
+                let source = format!("{layer}.{name}");
+                let weight = g.weight(name, source, &[rows as usize, cols], Shard::Replicated);
+                g.linear(name, x, weight, None)
+            };
+            let q = linear(g, "q", x, heads * k_dim, hidden)?;
+            let k = linear(g, "k", x, kv_heads * k_dim, hidden)?;
+            let v = linear(g, "v", x, kv_heads * v_dim, hidden)?;
+            let q = g.rope("rope_q", q, rope, k_dim, RopeStyle::Half)?;
+            let k = g.rope("rope_k", k, rope, k_dim, RopeStyle::Half)?;
+            let kv = g.kv_layer(KvLayer { group, heads: kv_heads, k_dim, v_dim });
+            let attended = g.attention("attend", [q, k, v], kv, heads, 1.0 / (k_dim as f32).sqrt())?;
+            let out = linear(g, "o", attended, hidden as u32, (heads * v_dim) as usize)?;
+            g.add("add", x, out)
+        })?;
+    }
+    let x = g.select("select", x)?;
+    let head = g.weight("head", "head", &[VOCAB as usize, hidden], Shard::Replicated);
+    let logits = g.linear("head", x, head, None)?;
+    g.output("logits", logits);
+    g.finish()
 }
