@@ -6,6 +6,7 @@
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use setu_core::{Error, Result};
 
@@ -60,13 +61,11 @@ impl Nvrtc {
     /// # Errors
     /// It isn't there, or lacks a function; the message lists what was tried.
     pub fn load(path: Option<&Path>) -> Result<Nvrtc> {
-        let candidates = match path {
-            Some(path) => vec![path.to_owned()],
-            None => candidates(),
-        };
+        let usual = path.is_none().then(|| candidates().into_iter().chain(std::iter::once_with(of_python).flatten()));
+        let candidates = path.map(Path::to_owned).into_iter().chain(usual.into_iter().flatten());
         let mut reasons = Vec::new();
-        for candidate in &candidates {
-            match Nvrtc::open(candidate) {
+        for candidate in candidates {
+            match Nvrtc::open(&candidate) {
                 Ok(found) => return Ok(found),
                 Err(reason) => reasons.push(reason),
             }
@@ -203,11 +202,22 @@ fn candidates() -> Vec<PathBuf> {
     for root in roots {
         folders.extend(python_folders(&root));
     }
-    let mut found: Vec<PathBuf> = NAMES.iter().map(PathBuf::from).collect();
-    for folder in folders {
-        found.extend(NAMES.iter().map(|name| folder.join(name)).filter(|path| path.exists()));
-    }
-    found
+    NAMES.iter().map(PathBuf::from).chain(existing(folders)).collect()
+}
+
+/// Where the library is among the packages of the `python3` in the path. Asking takes a moment, so that it comes last.
+fn of_python() -> Vec<PathBuf> {
+    let script = "import sysconfig; print(sysconfig.get_paths()['purelib'])";
+    let Ok(output) = Command::new("python3").args(["-c", script]).stdin(Stdio::null()).output() else {
+        return Vec::new();
+    };
+    let packages = PathBuf::from(OsStr::from_bytes(output.stdout.trim_ascii()));
+    existing(package_folders(&packages).to_vec())
+}
+
+fn existing(folders: Vec<PathBuf>) -> Vec<PathBuf> {
+    let paths = folders.iter().flat_map(|folder| NAMES.iter().map(move |name| folder.join(name)));
+    paths.filter(|path| path.exists()).collect()
 }
 
 /// The folders of NVIDIA's packages below `lib`, for every Python in it.
@@ -216,8 +226,12 @@ fn python_folders(lib: &Path) -> Vec<PathBuf> {
     let is_python =
         |path: &PathBuf| path.file_name().map(OsStr::as_bytes).is_some_and(|name| name.starts_with(b"python"));
     let pythons = entries.flatten().map(|entry| entry.path()).filter(is_python);
-    let packages = pythons.map(|python| python.join("site-packages/nvidia"));
-    packages.flat_map(|nvidia| [nvidia.join("cu13/lib"), nvidia.join("cuda_nvrtc/lib")]).collect()
+    pythons.flat_map(|python| package_folders(&python.join("site-packages"))).collect()
+}
+
+/// Where NVIDIA's packages for CUDA 13 and 12 put the library.
+fn package_folders(packages: &Path) -> [PathBuf; 2] {
+    ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"].map(|folder| packages.join(folder))
 }
 
 #[cfg(test)]
