@@ -126,7 +126,7 @@ fn a_backend_that_this_machine_has_nothing_for_is_an_error_where_it_was_asked_fo
     let (folder, _) = config("");
     let model = folder.path().join("model");
     std::fs::create_dir(&model).expect("a folder");
-    setu_tests::tiny_files::toy_folder(&model);
+    setu_tests::tiny_files::safetensors_folder(&setu_tests::tiny_llama::TinyLlama::random(1), &model, |_| ());
     let model = model.to_str().expect("UTF-8");
     let output = run(&["run", "--model.name", model, "--backend", "cuda", "--backend.device", "1000", "a"]);
     let said = String::from_utf8_lossy(&output.stderr);
