@@ -2,6 +2,7 @@
 
 // A crate that nothing refers to is dropped by the linker with everything that it registered.
 use setu_backend_cpu as _;
+use setu_backend_cuda as _;
 use setu_backend_sim as _;
 use setu_batcher_dynamic_chunk as _;
 use setu_batcher_fixed_chunk as _;
@@ -19,6 +20,7 @@ use setu_scheduler_priority as _;
 /// The packages named above; start-up checks that each of them registered something.
 pub const PACKAGES: &[&str] = &[
     "setu-backend-cpu",
+    "setu-backend-cuda",
     "setu-backend-sim",
     "setu-batcher-dynamic-chunk",
     "setu-batcher-fixed-chunk",

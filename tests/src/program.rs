@@ -1,6 +1,6 @@
 //! The `setu` program as a user runs it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// The program: cargo builds it before it runs the tests and benches of this package.
@@ -19,6 +19,17 @@ pub fn setu() -> PathBuf {
 /// It can't be started.
 pub fn run(args: &[&str]) -> Output {
     Command::new(setu()).args(args).output().expect("setu starts")
+}
+
+/// As [`run`], with an emulated GPU, whose driver is built below `folder`.
+///
+/// # Panics
+/// It can't be started, or the driver can't be built.
+pub fn run_with_gpu(args: &[&str], folder: &Path) -> Output {
+    let inherited = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let folders = std::iter::once(setu_cuemu::build(folder)).chain(std::env::split_paths(&inherited));
+    let path = std::env::join_paths(folders).expect("folders without a colon");
+    Command::new(setu()).args(args).env("LD_LIBRARY_PATH", path).output().expect("setu starts")
 }
 
 /// Peak resident memory, in KiB, of the largest child that has ended.

@@ -120,3 +120,18 @@ fn a_model_that_is_not_there_is_named() {
         assert!(said.contains(expected), "{said}");
     }
 }
+
+#[test]
+fn a_backend_that_this_machine_has_nothing_for_is_an_error_where_it_was_asked_for() {
+    let (folder, _) = config("");
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    setu_tests::tiny_files::safetensors_folder(&setu_tests::tiny_llama::TinyLlama::random(1), &model, |_| ());
+    let model = model.to_str().expect("UTF-8");
+    let output = run(&["run", "--model.name", model, "--backend", "cuda", "--backend.device", "1000", "a"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    // On a machine with a GPU it is the device that there isn't.
+    let missing = said.contains("libcuda.so.1") && said.contains("[backend] type = \"cpu\"");
+    assert!(missing || said.contains("device 1000 doesn't exist"), "{said}");
+}

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use setu_tests::extensions::{cdylib, extension};
-use setu_tests::program::run;
+use setu_tests::program::{run, run_with_gpu};
 
 /// Package of every component that is linked in.
 fn linked_in() -> Vec<String> {
@@ -18,10 +18,10 @@ fn linked_in() -> Vec<String> {
     components.map(|component| package(component).unwrap_or_else(|| panic!("{component:#}"))).collect()
 }
 
-/// What `setu plugins check` says, and how it ends.
+/// What `setu plugins check` says, and how it ends. There is an emulated GPU for the backend that needs one.
 fn check(args: &[&str]) -> (Vec<Value>, Option<i32>, String) {
     let args: Vec<&str> = ["plugins", "check", "--json"].into_iter().chain(args.iter().copied()).collect();
-    let output = run(&args);
+    let output = run_with_gpu(&args, Path::new(env!("CARGO_TARGET_TMPDIR")));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let mut found: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}"));
     let Some(Value::Array(components)) = found.get_mut("components").map(Value::take) else { panic!("{found}") };
@@ -47,7 +47,7 @@ fn as_str(path: &Path) -> &str {
 #[test]
 fn all_of_ours_conform_linked_in() {
     let ours = linked_in();
-    // The CPU backend's whole suite runs with its own tests.
+    // The whole suites of the CPU's and the GPU's backend run with their own tests.
     let (components, code, said) = check(&["--fast"]);
     assert_eq!((code, failures(&components)), (Some(0), Vec::<String>::new()), "{said}");
     assert_eq!(components.len(), ours.len(), "{components:#?}");
@@ -72,6 +72,17 @@ fn all_of_ours_conform_as_files() {
     assert_eq!((code, failures(&components)), (Some(0), Vec::<String>::new()), "{said}");
     assert_eq!(components.len(), linked_in().len());
     assert!(components.iter().all(|component| component["source"].as_str().is_some_and(|from| from.ends_with(".so"))));
+}
+
+#[test]
+fn what_this_machine_has_nothing_for_is_not_tested() {
+    // On a machine with a GPU the check runs, and passes.
+    let output = run(&["plugins", "check", "backend/cuda", "--only", "contract/devices", "--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let found: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let check = &found["components"][0]["checks"][0];
+    let why = check["why"].as_str().unwrap_or_default();
+    assert!(check["outcome"] == "passed" || why.contains("libcuda.so.1"), "{found:#}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use setu_core::component::{ComponentKind, Kind};
 use setu_core::model::CheckpointInfo;
 use setu_core::registry::{Entry, Source};
-use setu_core::{Registries, Registry};
+use setu_core::{ErrorKind, Registries, Registry};
 use setu_engine::load::caught;
 use setu_engine::plugins::{self, PluginOptions};
 use setu_testkit::report::{Check, Outcome, Report};
@@ -173,7 +173,8 @@ impl Job<'_> {
     }
 }
 
-/// What `suite` finds of a component, or that it can't be built.
+/// What `suite` finds of a component, or that it can't be built. One that this machine has nothing for, as a GPU's
+/// backend where there is no GPU, is not tested.
 fn conformance<C: ?Sized>(entry: &Entry<C>, options: &str, suite: &Suite<C>) -> Report {
     // A suite has no use for errors of construction; one that comes later than here is as good as a panic.
     let mut make = || (entry.build)(options).unwrap_or_else(|error| panic!("it can't be built: {error}"));
@@ -182,7 +183,10 @@ fn conformance<C: ?Sized>(entry: &Entry<C>, options: &str, suite: &Suite<C>) -> 
         Ok(suite(&mut make))
     });
     found.unwrap_or_else(|error| {
-        let outcome = Outcome::Failed(error.to_string());
+        let outcome = match error.kind() {
+            ErrorKind::Unsupported => Outcome::NotTested(error.to_string()),
+            _ => Outcome::Failed(error.to_string()),
+        };
         Report { checks: vec![Check { name: "build".to_owned(), outcome }], ..Report::default() }
     })
 }

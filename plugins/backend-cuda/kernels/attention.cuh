@@ -1,0 +1,50 @@
+// How attention over a long context is put together, so that its bits depend on positions alone.
+//
+// The context is cut into parts of 128 positions, counted from the sequence's start. Each part is attended to by
+// itself and merged into what the parts before it gave, in order. Whether one block walks through the parts or
+// each has a block of its own and `attend_combine` merges them, the arithmetic is the same.
+#pragma once
+
+#include "common.cuh"
+
+// Positions in a part; a block's threads take one each.
+constexpr int PART = 128;
+// Queries that a block handles together: heads of the same KV head, and neighbouring tokens.
+constexpr int QUERIES = 8;
+
+// The softmax of scores seen so far, and the sum of values under it: `exp(score - highest)` is summed.
+struct Attended {
+    float highest, total, value;
+};
+
+__device__ __forceinline__ Attended nothing_attended() { return {-INFINITY_F, 0.0f, 0.0f}; }
+
+__device__ __forceinline__ Attended merge(Attended before, Attended part) {
+    float highest = fmaxf(before.highest, part.highest);
+    float keeps = expf(before.highest - highest), adds = expf(part.highest - highest);
+    return {highest, fmaf(before.total, keeps, part.total * adds), fmaf(before.value, keeps, part.value * adds)};
+}
+
+// The result, with a head's sink, a logit that takes part in the softmax only, where there is one.
+__device__ __forceinline__ float finish(Attended all, const float *sinks, int head) {
+    if (!sinks) {
+        return all.value / all.total;
+    }
+    float highest = fmaxf(all.highest, sinks[head]);
+    float keeps = expf(all.highest - highest);
+    return all.value * keeps / fmaf(all.total, keeps, expf(sinks[head] - highest));
+}
+
+// The first position that a query at `position` sees.
+__device__ __forceinline__ int first_seen(int position, int window) {
+    return window > 0 && position + 1 > window ? position + 1 - window : 0;
+}
+
+// Where keys and values lie. A page holds, at `k_at` for each head, keys in pieces of sixteen bytes, a piece of
+// all tokens together so that neighbouring threads read neighbouring memory; and at `v_at` for each head its
+// tokens' values one behind the other.
+struct Pages {
+    u8 *start;
+    u64 page_bytes, k_at, v_at;
+    int page_tokens, heads, k_dim, k_padded, v_dim;
+};

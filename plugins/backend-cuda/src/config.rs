@@ -1,0 +1,20 @@
+//! What can be set.
+
+use std::path::PathBuf;
+
+use setu_core::config::Config;
+
+/// Runs graphs on an NVIDIA GPU. Needs the NVIDIA driver, and NVRTC to compile the kernels at first use.
+#[derive(Config, Clone, Debug, PartialEq)]
+pub struct CudaConfig {
+    /// Which of the devices, counted from 0; `CUDA_VISIBLE_DEVICES` renumbers them.
+    #[config(default = 0, max = 1023)]
+    pub device: u32,
+    /// Share of the device's memory that weights, workspace and KV pages may take together.
+    #[config(default = 0.9, above = 0.0, max = 1.0)]
+    pub memory_utilization: f64,
+    /// The NVRTC library to compile kernels with; without it, it is looked for in the usual places.
+    pub nvrtc: Option<PathBuf>,
+    /// Folder where compiled kernels are kept; without it, `kernels` in Setu's cache.
+    pub kernel_cache: Option<PathBuf>,
+}

@@ -1,0 +1,76 @@
+//! Backends on the emulated driver, and a model for them.
+
+#![allow(dead_code, reason = "each test uses a part of it")]
+
+use std::path::Path;
+use std::sync::Once;
+
+use setu_backend_cuda::{CudaBackend, CudaConfig};
+use setu_core::component::Component;
+use setu_core::graph::{Graph, GraphBuilder, KvGroupKind, KvLayer, RopeStyle, RopeTable, Shard};
+use setu_core::{Backend, Result};
+
+/// Tokens of the models' vocabulary, and the longest session.
+pub const VOCAB: u32 = 50;
+pub const MAX_LEN: u32 = 448;
+
+/// Where the emulated driver is built.
+pub fn folder() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
+}
+
+/// A backend on the emulated driver.
+///
+/// # Panics
+/// The driver isn't there.
+pub fn backend() -> Box<dyn Backend> {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| setu_cuemu::load(folder()));
+    Box::new(CudaBackend::build(CudaConfig::default()).expect("the emulated driver has a device"))
+}
+
+/// The heads of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    pub heads: u32,
+    pub kv_heads: u32,
+    pub k_dim: u32,
+    pub v_dim: u32,
+    pub window: Option<u32>,
+}
+
+/// Two layers of attention between an embedding and a head.
+pub fn model(shape: Heads) -> Result<Graph> {
+    let Heads { heads, kv_heads, k_dim, v_dim, window } = shape;
+    let mut g = GraphBuilder::new("attention", VOCAB, MAX_LEN);
+    let kind = window.map_or(KvGroupKind::Full, |tokens| KvGroupKind::SlidingWindow { tokens });
+    let group = g.kv_group("group", kind);
+    let inv_freq = (0..k_dim / 2).map(|i| 100f64.powf(-2.0 * f64::from(i) / f64::from(k_dim))).collect();
+    let rope = g.rope_table(RopeTable { inv_freq, magnitude: 1.0 });
+    let hidden = 32;
+    let table = g.weight("embed", "embed", &[VOCAB as usize, hidden], Shard::Replicated);
+    let mut x = g.embed("embed", table)?;
+    for layer in 0..2 {
+        x = g.scope(format!("layers.{layer}"), |g| {
+            let linear = |g: &mut GraphBuilder, name: &str, x, rows: u32, cols: usize| {
+                let source = format!("{layer}.{name}");
+                let weight = g.weight(name, source, &[rows as usize, cols], Shard::Replicated);
+                g.linear(name, x, weight, None)
+            };
+            let q = linear(g, "q", x, heads * k_dim, hidden)?;
+            let k = linear(g, "k", x, kv_heads * k_dim, hidden)?;
+            let v = linear(g, "v", x, kv_heads * v_dim, hidden)?;
+            let q = g.rope("rope_q", q, rope, k_dim, RopeStyle::Half)?;
+            let k = g.rope("rope_k", k, rope, k_dim, RopeStyle::Half)?;
+            let kv = g.kv_layer(KvLayer { group, heads: kv_heads, k_dim, v_dim });
+            let attended = g.attention("attend", [q, k, v], kv, heads, 1.0 / (k_dim as f32).sqrt())?;
+            let out = linear(g, "o", attended, hidden as u32, (heads * v_dim) as usize)?;
+            g.add("add", x, out)
+        })?;
+    }
+    let x = g.select("select", x)?;
+    let head = g.weight("head", "head", &[VOCAB as usize, hidden], Shard::Replicated);
+    let logits = g.linear("head", x, head, None)?;
+    g.output("logits", logits);
+    g.finish()
+}

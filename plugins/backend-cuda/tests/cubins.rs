@@ -1,0 +1,76 @@
+//! Every kernel compiles to machine code for the GPUs that are supported, and spills no register.
+//!
+//! The compiler comes from its Python package, pinned, by way of pip; nothing else of CUDA is needed.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use setu_backend_cuda::kernels::Unit;
+use setu_backend_cuda::nvrtc::Nvrtc;
+
+const PACKAGE: &str = "nvidia-cuda-nvrtc-cu12==12.9.86";
+const LIBRARY: &str = "nvidia/cuda_nvrtc/lib/libnvrtc.so.12";
+const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100"];
+
+/// The library, installed below the target folder.
+fn library() -> Result<PathBuf, String> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(PACKAGE);
+    let library = folder.join(LIBRARY);
+    if library.exists() {
+        return Ok(library);
+    }
+    let configured = std::env::var("SETU_PIP").ok();
+    let candidates = configured.map_or_else(|| vec!["pip3".into(), "python3 -m pip".into()], |pip| vec![pip]);
+    let mut reasons = Vec::new();
+    for pip in candidates {
+        let mut words = pip.split_whitespace();
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words).args(["install", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]);
+        command.args(["--disable-pip-version-check", "--upgrade", "--target"]).arg(&folder).arg(PACKAGE);
+        match command.output() {
+            Ok(output) if output.status.success() && library.exists() => return Ok(library),
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                let last = said.lines().last().unwrap_or("it says nothing").to_owned();
+                reasons.push(format!("{pip}: {last}"));
+            }
+            Err(error) => reasons.push(format!("{pip}: {error}")),
+        }
+    }
+    Err(format!("{PACKAGE} can't be installed: {}", reasons.join("; ")))
+}
+
+/// The compiler's line on each kernel's registers: `8 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads`.
+fn spills(log: &str) -> (usize, Vec<&str>) {
+    let lines: Vec<&str> = log.lines().map(str::trim).filter(|line| line.contains("bytes spill stores")).collect();
+    let clean = |line: &&&str| line.contains(" 0 bytes spill stores") && line.contains(" 0 bytes spill loads");
+    (lines.len(), lines.iter().filter(|line| !clean(line)).copied().collect())
+}
+
+#[test]
+fn every_kernel_compiles_to_machine_code_and_spills_nothing() {
+    let library = match library() {
+        Ok(library) => library,
+        Err(reason) => {
+            // Past the harness, which keeps what passing tests print.
+            let _ = writeln!(std::io::stdout(), "skipped: compiling kernels for GPUs: {reason}");
+            return;
+        }
+    };
+    let nvrtc = Nvrtc::load(Some(&library)).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(nvrtc.version(), (12, 9));
+    let mut kernels = 0;
+    for architecture in ARCHITECTURES {
+        for unit in Unit::all() {
+            let compiled = unit.compile(&nvrtc, architecture).unwrap_or_else(|error| panic!("{architecture}: {error}"));
+            assert!(compiled.cubin.starts_with(b"\x7fELF"), "{unit} for {architecture} is no CUBIN");
+            let (found, spilling) = spills(&compiled.log);
+            assert!(found > 0, "{unit} for {architecture}: the compiler tells nothing of registers\n{}", compiled.log);
+            assert!(spilling.is_empty(), "{unit} for {architecture} spills: {spilling:?}\n{}", compiled.log);
+            kernels += found;
+        }
+    }
+    // Each format has its five kernels, each element type of K and V its two, and there are a dozen others.
+    assert!(kernels >= 3 * (13 * 5 + 3 * 2 + 12), "{kernels} kernels");
+}

@@ -1,0 +1,110 @@
+//! Steps that wait for masks, and the steps behind them.
+
+mod common;
+
+use common::{Heads, MAX_LEN, VOCAB, backend, model};
+use setu_core::backend::{CompileOptions, Masks, Want};
+use setu_core::{DType, ErrorKind};
+use setu_testkit::backend::rig::Rig;
+use setu_testkit::steps::SlotData;
+use setu_testkit::weights::WeightSet;
+
+const SHAPE: Heads = Heads { heads: 4, kv_heads: 2, k_dim: 16, v_dim: 16, window: None };
+
+fn mask(allowed: &[u32]) -> Vec<u32> {
+    let mut words = vec![0; VOCAB.div_ceil(32) as usize];
+    allowed.iter().for_each(|token| words[*token as usize / 32] |= 1 << (token % 32));
+    words
+}
+
+/// Three tokens after a prompt: the first under a mask, the second too, the third free. With `overlap` each step is
+/// submitted before the mask of the one before is there.
+fn generate(overlap: bool) -> Vec<u32> {
+    let graph = model(SHAPE).unwrap();
+    let weights = WeightSet::random(&graph, DType::F32, 9);
+    let mut options = CompileOptions::new(64, 8, MAX_LEN);
+    options.kv_pages = vec![64];
+    let exec = backend().compile(&graph, &weights.data(), &options).unwrap();
+    let mut rig = Rig::of(&graph, exec, options);
+    let mut sequence = rig.sequence(vec![3, 1, 4, 1, 5]);
+    sequence.slot = 2;
+    let masks = [mask(&[7, 40]), mask(&[11]), Vec::new()];
+    let mut steps = Vec::new();
+    for (index, mask) in masks.iter().enumerate() {
+        let mut step = rig.step();
+        let row = if index == 0 {
+            let mut slot = SlotData { slot: 2, seed: 5, ..SlotData::default() };
+            slot.params.temperature = 1.0;
+            step.opened_slots.push(slot);
+            rig.add(&mut step, &mut sequence, 5)
+        } else {
+            rig.add_carried(&mut step, &mut sequence, 0)
+        };
+        let masked = if mask.is_empty() { 0 } else { Want::MASKED };
+        let last = if index == 0 { 4 } else { 0 };
+        step.wants.push(Want::new(row, last, Want::SAMPLE | Want::LOGPROB | masked));
+        steps.push(step);
+    }
+    let words = VOCAB.div_ceil(32);
+    let mut found = Vec::new();
+    let mut submitted = Vec::new();
+    for index in 0..3 {
+        if overlap && index == 2 {
+            let early = rig.wait(submitted[0], &steps[0]).unwrap_err();
+            assert_eq!(early.kind(), ErrorKind::Contract);
+            assert!(early.message().contains("waits for a mask"), "{early}");
+            // Masks come in the wrong order.
+            rig.exec.provide(submitted[1], &Masks::new(&[0], &masks[1], words)).unwrap();
+            rig.exec.provide(submitted[0], &Masks::new(&[0], &masks[0], words)).unwrap();
+            found.extend((0..2).map(|index| rig.wait(submitted[index], &steps[index]).unwrap().tokens[0]));
+        }
+        submitted.push(rig.submit(&steps[index]).unwrap());
+        if !overlap {
+            if index < 2 {
+                rig.exec.provide(submitted[index], &Masks::new(&[0], &masks[index], words)).unwrap();
+            }
+            found.push(rig.wait(submitted[index], &steps[index]).unwrap().tokens[0]);
+        }
+    }
+    if overlap {
+        found.push(rig.wait(submitted[2], &steps[2]).unwrap().tokens[0]);
+    }
+    found
+}
+
+#[test]
+fn a_step_behind_one_that_waits_for_a_mask_waits_too() {
+    let alone = generate(false);
+    assert!([7, 40].contains(&alone[0]) && alone[1] == 11 && alone[2] < VOCAB, "{alone:?}");
+    assert_eq!(generate(true), alone);
+}
+
+#[test]
+fn wants_are_answered_in_passes_and_in_order() {
+    // More wants than a pass takes, and two samples of one slot, the second of which must see the first's penalty.
+    let graph = model(SHAPE).unwrap();
+    let weights = WeightSet::random(&graph, DType::F32, 10);
+    let mut options = CompileOptions::new(200, 2, MAX_LEN);
+    options.kv_pages = vec![64];
+    let exec = backend().compile(&graph, &weights.data(), &options).unwrap();
+    let mut rig = Rig::of(&graph, exec, options);
+    let mut sequence = rig.random_sequence(180);
+    sequence.slot = 0;
+    let mut step = rig.step();
+    let mut slot = SlotData::default();
+    slot.params.presence_penalty = 100.0;
+    step.opened_slots.push(slot);
+    let row = rig.add(&mut step, &mut sequence, 180);
+    step.wants = (0..180).map(|index| Want::new(row, index, Want::LOGITS)).collect();
+    step.wants.extend([179, 179].map(|index| Want::new(row, index, Want::SAMPLE | Want::LOGITS)));
+    let outputs = rig.run(&step).unwrap();
+    assert_eq!(outputs.logits_row(179), outputs.logits_row(180));
+    let logits = outputs.logits_row(181);
+    let mut order: Vec<u32> = (0..VOCAB).collect();
+    order.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]));
+    assert_eq!(outputs.tokens[180..], order[..2]);
+    let alone = rig.alone(&sequence.tokens, 50).unwrap_or_else(|_| panic!("a step fails"));
+    for (index, row) in alone.iter().enumerate() {
+        assert_eq!(outputs.logits_row(index), row, "token {index}");
+    }
+}
