@@ -183,7 +183,7 @@ impl StepData {
         (0..self.rows()).map(parts).max().unwrap_or(0)
     }
 
-    fn pack(&mut self, step: &Step<'_>, limits: &Limits, token_ids: &[u32], carries: &[(u32, u32)]) {
+    fn pack(&mut self, step: &Step<'_>, limits: &Limits, token_ids: &[u32], carries: &[Carried]) {
         let mut packer = Packer::default();
         let rows = self.rows();
         let position = |row: usize, token: usize| self.row_positions[row] + (token as u32 - self.row_offsets[row]);
@@ -306,8 +306,11 @@ fn check_rows(step: &Step<'_>, limits: &Limits) -> Result<()> {
     Ok(())
 }
 
+/// A token, and the want of the step before that samples it.
+type Carried = (u32, u32);
+
 /// The token ids, 0 for those that are carried, and the carries.
-fn read_tokens(step: &Step<'_>, limits: &Limits, carried: &[bool]) -> Result<(Vec<u32>, Vec<(u32, u32)>)> {
+fn read_tokens(step: &Step<'_>, limits: &Limits, carried: &[bool]) -> Result<(Vec<u32>, Vec<Carried>)> {
     let mut token_ids = step.tokens.to_vec();
     let mut carries = Vec::with_capacity(step.carries.len());
     for carry in step.carries.iter() {
