@@ -2,7 +2,7 @@
 
 #include "activation.cuh"
 
-// One of the kinds of `UnaryKind` in src/ops.rs: the activations, then these.
+// Kinds behind the activations, as in src/ops.rs.
 constexpr int KIND_SCALE = 6;
 constexpr int KIND_SOFTCAP = 7;
 

@@ -4,7 +4,7 @@
 #include "search.cuh"
 #include "slot.cuh"
 
-// As `Want` in src/step.rs.
+// As src/step.rs writes it down.
 struct Want {
     u32 token, flags, slot, top, target;
     // Position of the token to be sampled.

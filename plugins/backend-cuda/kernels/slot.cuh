@@ -1,4 +1,4 @@
-// The sampling state of a session; as `Slot` in src/sampler.rs.
+// The sampling state of a session, as src/sampler.rs writes it down.
 #pragma once
 
 #include "common.cuh"

@@ -26,17 +26,23 @@ type Create = unsafe extern "C" fn(
     *const *const c_char,
 ) -> c_int;
 
+type Destroy = unsafe extern "C" fn(*mut Program) -> c_int;
+type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int;
+type Version = unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int;
+type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
+type Read = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
+
 /// The loaded library. It stays loaded as long as the process lives.
 #[derive(Clone, Copy, Debug)]
 pub struct Nvrtc {
-    version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
+    version: Version,
     create: Create,
-    destroy: unsafe extern "C" fn(*mut Program) -> c_int,
-    compile: unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int,
-    log_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
-    log: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
-    cubin_size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
-    cubin: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
+    destroy: Destroy,
+    compile: Compile,
+    log_size: Size,
+    log: Read,
+    cubin_size: Size,
+    cubin: Read,
 }
 
 /// A source with the files that it includes.
@@ -102,14 +108,14 @@ impl Nvrtc {
         // SAFETY: the fields have the types of NVRTC's functions in all versions from 11.1 on.
         unsafe {
             Ok(Nvrtc {
-                version: cast(symbol(c"nvrtcVersion")?),
-                create: cast(symbol(c"nvrtcCreateProgram")?),
-                destroy: cast(symbol(c"nvrtcDestroyProgram")?),
-                compile: cast(symbol(c"nvrtcCompileProgram")?),
-                log_size: cast(symbol(c"nvrtcGetProgramLogSize")?),
-                log: cast(symbol(c"nvrtcGetProgramLog")?),
-                cubin_size: cast(symbol(c"nvrtcGetCUBINSize")?),
-                cubin: cast(symbol(c"nvrtcGetCUBIN")?),
+                version: std::mem::transmute::<*mut c_void, Version>(symbol(c"nvrtcVersion")?),
+                create: std::mem::transmute::<*mut c_void, Create>(symbol(c"nvrtcCreateProgram")?),
+                destroy: std::mem::transmute::<*mut c_void, Destroy>(symbol(c"nvrtcDestroyProgram")?),
+                compile: std::mem::transmute::<*mut c_void, Compile>(symbol(c"nvrtcCompileProgram")?),
+                log_size: std::mem::transmute::<*mut c_void, Size>(symbol(c"nvrtcGetProgramLogSize")?),
+                log: std::mem::transmute::<*mut c_void, Read>(symbol(c"nvrtcGetProgramLog")?),
+                cubin_size: std::mem::transmute::<*mut c_void, Size>(symbol(c"nvrtcGetCUBINSize")?),
+                cubin: std::mem::transmute::<*mut c_void, Read>(symbol(c"nvrtcGetCUBIN")?),
             })
         }
     }
@@ -169,12 +175,7 @@ impl Nvrtc {
     }
 
     /// One of a program's outputs; empty where there is none.
-    fn output(
-        &self,
-        program: Program,
-        size: unsafe extern "C" fn(Program, *mut usize) -> c_int,
-        read: unsafe extern "C" fn(Program, *mut c_char) -> c_int,
-    ) -> Vec<u8> {
+    fn output(&self, program: Program, size: Size, read: Read) -> Vec<u8> {
         let mut bytes = 0;
         // SAFETY: the program lives; the function writes one number.
         if unsafe { size(program, &mut bytes) } != 0 {

@@ -63,19 +63,21 @@ impl Unpaged {
     /// # Errors
     /// A head is wider than the device's shared memory allows.
     pub fn with_pages(mut self, pages: &Pages) -> Result<Plan> {
+        // The kernel is one for all layers, and so is what it may use.
+        let widest = self.attention.iter().map(|pending| pages.padded_key(pending.layer)).max().unwrap_or(0);
+        let shared = ops::shared_bytes(widest);
+        if shared > self.shared_bytes {
+            return Err(Error::unsupported(format!(
+                "keys of {widest} columns need {shared} bytes of shared memory, the device has {}",
+                self.shared_bytes
+            )));
+        }
         for PendingAttention { at, layer } in self.attention {
             let Op::Attention(attention) = &mut self.plan.tokens[at] else {
                 return Err(Error::internal("an attention node is somewhere else"));
             };
             attention.pages = pages.argument(layer);
             attention.k_padded = pages.padded_key(layer);
-            let shared = ops::shared_bytes(attention.k_padded);
-            if shared > self.shared_bytes {
-                return Err(Error::unsupported(format!(
-                    "keys of {} columns need {shared} bytes of shared memory, the device has {}",
-                    attention.k_padded, self.shared_bytes
-                )));
-            }
             attention.attend.allow_shared(shared)?;
         }
         Ok(self.plan)

@@ -183,7 +183,7 @@ impl StepData {
         (0..self.rows()).map(parts).max().unwrap_or(0)
     }
 
-    fn pack(&mut self, step: &Step<'_>, limits: &Limits, token_ids: &[u32], carries: &[(u32, u32)]) {
+    fn pack(&mut self, step: &Step<'_>, limits: &Limits, token_ids: &[u32], carries: &[Carried]) {
         let mut packer = Packer::default();
         let rows = self.rows();
         let position = |row: usize, token: usize| self.row_positions[row] + (token as u32 - self.row_offsets[row]);
@@ -306,7 +306,7 @@ fn check_rows(step: &Step<'_>, limits: &Limits) -> Result<()> {
     Ok(())
 }
 
-/// A token of a step, and the want of the step before that samples it.
+/// A token, and the want of the step before that samples it.
 type Carried = (u32, u32);
 
 /// The token ids, 0 for those that are carried, and the carries.
