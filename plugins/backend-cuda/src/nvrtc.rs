@@ -235,16 +235,6 @@ fn package_folders(packages: &Path) -> [PathBuf; 2] {
     ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"].map(|folder| packages.join(folder))
 }
 
-/// A function of a library.
-///
-/// # Safety
-/// `symbol` is a function of type `F`, which is a function pointer.
-unsafe fn cast<F: Copy>(symbol: *mut c_void) -> F {
-    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
-    // SAFETY: both are pointers, and the caller knows what this one points to.
-    unsafe { std::mem::transmute_copy(&symbol) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
