@@ -72,7 +72,7 @@ pub struct Deadline {
 impl Component for Deadline {
     type Config = DeadlineConfig;
     const KEY: &'static str = "deadline";
-    const DESCRIPTION: &'static str = "Runs those with the least time to spare first.";
+    const DESCRIPTION: &'static str = "Runs what is due first, and rejects early what would be late.";
 
     fn build(config: DeadlineConfig) -> Result<Self> {
         Ok(Deadline {
