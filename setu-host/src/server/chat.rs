@@ -254,9 +254,8 @@ pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Byte
     let prompt = Prompt { tokens: prompt, only: false };
     let generation = Generation::start(&app, vec![prompt], &params, &request.options()).await?;
     let answer = Envelope { id: app.answer_id("chatcmpl"), created: now_s(), model };
-    let response = if request.stream == Some(true) {
-        let include_usage = request.stream_options.and_then(|options| options.0.include_usage) == Some(true);
-        sse::response(stream(app.clone(), generation, answer, include_usage))
+    let response = if request.is_streamed() {
+        sse::response(stream(app.clone(), generation, answer, request.includes_usage()))
     } else {
         let answers = generation.collect().await?;
         Json(answer.whole(&app, answers)).into_response()

@@ -103,15 +103,15 @@ pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Byte
     let prompts = request.prompts(&app).await?;
     let echo = request.echo == Some(true);
     let echoed = if echo { prompts.iter().map(|prompt| prompt.text(&app)).collect::<Result<_, _>>()? } else { vec![] };
-    let tokens: Vec<Vec<u32>> = prompts.into_iter().map(|prompt| prompt.tokens).collect();
-    let prompts = tokens.iter().map(|tokens| Prompt { tokens: tokens.clone(), only: prompt_only }).collect();
+    // What has log-probabilities begins with a token that has none.
+    let firsts = prompts.iter().filter(|_| params.prompt_logprobs.is_some());
+    let firsts = firsts.map(|prompt| prompt.tokens.first().copied()).collect();
+    let prompts = prompts.into_iter().map(|prompt| Prompt { tokens: prompt.tokens, only: prompt_only }).collect();
     let generation = Generation::start(&app, prompts, &params, &request.options()).await?;
-    let echo =
-        Echo { texts: echoed, tokens, choices: params.n as usize, with_logprobs: params.prompt_logprobs.is_some() };
+    let echo = Echo { texts: echoed, firsts, choices: params.n as usize };
     let answer = Envelope { id: app.answer_id("cmpl"), created: now_s(), model, echo };
-    let response = if request.stream == Some(true) {
-        let include_usage = request.stream_options.and_then(|options| options.0.include_usage) == Some(true);
-        sse::response(stream(app.clone(), generation, answer, include_usage))
+    let response = if request.is_streamed() {
+        sse::response(stream(app.clone(), generation, answer, request.includes_usage()))
     } else {
         let answers = generation.collect().await?;
         Json(answer.whole(&app, answers)).into_response()
@@ -195,10 +195,10 @@ impl CompletionRequest {
 struct Echo {
     /// Empty where they don't.
     texts: Vec<String>,
-    tokens: Vec<Vec<u32>>,
+    /// The first token of each prompt; empty where prompts have no log-probabilities.
+    firsts: Vec<Option<u32>>,
     /// Answers to each prompt.
     choices: usize,
-    with_logprobs: bool,
 }
 
 impl Echo {
@@ -209,7 +209,7 @@ impl Echo {
 
     /// The first token of its prompt, where the prompt has log-probabilities.
     fn first_token(&self, index: usize) -> Option<u32> {
-        self.tokens.get(index / self.choices)?.first().copied().filter(|_| self.with_logprobs)
+        self.firsts.get(index / self.choices).copied().flatten()
     }
 }
 

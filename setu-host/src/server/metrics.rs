@@ -79,9 +79,9 @@ fn describe() {
     seconds.into_iter().for_each(|(name, text)| describe_histogram!(name, Unit::Seconds, text));
     describe_histogram!("setu_request_prompt_tokens", "Tokens of a request's prompt.");
     describe_histogram!("setu_request_generation_tokens", "Tokens generated for a session.");
-    describe_counter!("setu_backend_seconds_total", "Time inside the backend.");
-    describe_counter!("setu_engine_seconds_total", "The engine's own time.");
-    describe_counter!("setu_component_seconds_total", "CPU time of a policy.");
+    describe_gauge!("setu_backend_seconds_total", "Time inside the backend.");
+    describe_gauge!("setu_engine_seconds_total", "The engine's own time.");
+    describe_gauge!("setu_component_seconds_total", "CPU time of a policy.");
     describe_counter!("setu_component_faults_total", "Faults for which a component was replaced.");
 }
 

@@ -224,13 +224,22 @@ macro_rules! text_request {
                 if let Some(bias) = &self.logit_bias {
                     params.logit_bias = crate::server::shared::logit_bias(bias)?;
                 }
-                if self.stream_options.is_some() && self.stream != Some(true) {
+                if self.stream_options.is_some() && !self.is_streamed() {
                     return Err(crate::server::error::ApiError::invalid(
                         "stream_options",
                         "`stream_options` needs `stream` to be true",
                     ));
                 }
                 Ok(params)
+            }
+
+            fn is_streamed(&self) -> bool {
+                self.stream == Some(true)
+            }
+
+            /// Whether a stream ends with the tokens used.
+            fn includes_usage(&self) -> bool {
+                self.stream_options.is_some_and(|options| options.0.include_usage == Some(true))
             }
 
             /// Whose the request is and when it is due.
