@@ -1,6 +1,6 @@
 //! `setu serve` as clients see it.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -67,8 +67,26 @@ impl Server {
     /// # Panics
     /// There is no answer.
     pub fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Reply {
-        let stream = self.begin(method, path, headers, body);
-        Reply::read(stream)
+        let agent: ureq::Agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .allow_non_standard_methods(true)
+            .timeout_global(Some(Duration::from_secs(120)))
+            .build()
+            .into();
+        let mut request = ureq::http::Request::builder().method(method).uri(format!("http://{}{path}", self.address));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let response = if method == "GET" {
+            agent.run(request.body(()).expect("a request"))
+        } else {
+            agent.run(request.body(body).expect("a request"))
+        };
+        let mut response = response.unwrap_or_else(|error| panic!("{method} {path}: {error}"));
+        let text = |value: &ureq::http::HeaderValue| value.to_str().unwrap_or_default().to_owned();
+        let headers = response.headers().iter().map(|(name, value)| (name.to_string(), text(value))).collect();
+        let body = response.body_mut().read_to_string().expect("UTF-8");
+        Reply { status: response.status().as_u16(), headers, body }
     }
 
     /// Sends a request whose answer is yet to be read.
@@ -134,46 +152,6 @@ impl Drop for Server {
 }
 
 impl Reply {
-    /// Reads a response up to its end.
-    ///
-    /// # Panics
-    /// It isn't HTTP.
-    pub fn read(stream: TcpStream) -> Reply {
-        let mut reader = BufReader::new(stream);
-        let mut line = String::new();
-        reader.read_line(&mut line).expect("a status line");
-        let status = line.split_whitespace().nth(1).and_then(|code| code.parse().ok());
-        let status = status.unwrap_or_else(|| panic!("{line:?} is no status line"));
-        let mut headers = Vec::new();
-        loop {
-            line.clear();
-            reader.read_line(&mut line).expect("a header");
-            let Some((name, value)) = line.trim_end().split_once(':') else { break };
-            headers.push((name.to_lowercase(), value.trim().to_owned()));
-        }
-        let chunked = headers.iter().any(|(name, value)| name == "transfer-encoding" && value == "chunked");
-        let mut body = Vec::new();
-        if chunked {
-            loop {
-                line.clear();
-                if reader.read_line(&mut line).unwrap_or(0) == 0 {
-                    break;
-                }
-                let length = usize::from_str_radix(line.trim(), 16).expect("a chunk's length");
-                let mut chunk = vec![0; length + 2];
-                reader.read_exact(&mut chunk).expect("a chunk");
-                body.extend_from_slice(&chunk[..length]);
-                if length == 0 {
-                    break;
-                }
-            }
-        } else {
-            // A connection that is reset behind a refusal has told all it had to.
-            let _ = reader.read_to_end(&mut body);
-        }
-        Reply { status, headers, body: String::from_utf8(body).expect("UTF-8") }
-    }
-
     /// # Panics
     /// The body isn't JSON.
     pub fn json(&self) -> Value {
