@@ -18,6 +18,9 @@ pub struct EngineConfig {
     /// Steps that may run at once; 0 takes what the backend can.
     #[config(default = 0, max = 2, unit = "steps")]
     pub max_steps_in_flight: u32,
+    /// Threads that compute masks for constrained answers, beside the running step.
+    #[config(default = 2, min = 1, max = 256)]
+    pub mask_threads: u32,
     /// CPU time that a scheduler or batcher may take for one step before it counts as an overrun; 0 sets no limit.
     #[config(default = 20000, unit = "µs")]
     pub policy_budget_us: u32,

@@ -188,14 +188,15 @@ impl Engine {
             mix(self.seeds.fetch_add(1, Ordering::Relaxed)) >> 11
         });
         let mut texts = std::mem::take(&mut request.text).into_iter();
+        let mut constraints = std::mem::take(&mut request.constraints).into_iter();
         let request = Arc::new(request);
         let mut handles = Vec::with_capacity(n as usize);
         let mut arrivals = Vec::with_capacity(n as usize);
         for choice in 0..n {
             let id = SessionId(self.next_id.fetch_add(1, Ordering::Relaxed));
             let seed = base.wrapping_add(choice.into());
-            let (text, events) = (texts.next(), sink(choice));
-            arrivals.push(Arrival { id, request: request.clone(), seed, text, events });
+            let (text, constraint, events) = (texts.next(), constraints.next(), sink(choice));
+            arrivals.push(Arrival { id, request: request.clone(), seed, text, constraint, events });
             handles.push(Handle { id, choice, seed, commands: self.commands.clone() });
         }
         self.send(Command::Add(arrivals))?;

@@ -7,8 +7,10 @@
 pub mod checkpoint;
 pub mod clock;
 pub mod config;
+mod constraint;
 pub mod core;
 pub mod engine;
+pub mod grammar;
 mod guard;
 pub mod kv;
 pub mod load;
@@ -22,6 +24,7 @@ pub mod step_time;
 pub mod text;
 pub mod trace;
 
+pub use constraint::Constraint;
 pub use engine::{Engine, Handle, Health, Session};
 pub use guard::{Fault, Guarded};
 pub use model_text::ModelText;

@@ -6,6 +6,8 @@ use setu_core::sampling::SamplingParams;
 use setu_core::view::UNSET_PRIORITY;
 use setu_core::{Error, Result};
 
+use crate::constraint::Constraint;
+
 /// A prompt and what is asked of its continuation.
 pub struct Request {
     /// Token ids; at least one.
@@ -23,6 +25,8 @@ pub struct Request {
     pub prompt_only: bool,
     /// One a choice (`params.n`), or none: turns tokens into text and finds stop strings.
     pub text: Vec<Box<dyn TextSink>>,
+    /// One a choice, or none: says which tokens may come next.
+    pub constraints: Vec<Box<dyn Constraint>>,
 }
 
 impl Request {
@@ -38,6 +42,7 @@ impl Request {
             deadlines: Deadlines::default(),
             prompt_only: false,
             text: Vec::new(),
+            constraints: Vec::new(),
         }
     }
 }
@@ -222,6 +227,9 @@ impl Request {
         if !self.text.is_empty() && self.text.len() != self.params.n as usize {
             return Err(Error::invalid("a request needs one text sink for each of its choices"));
         }
+        if !self.constraints.is_empty() && self.constraints.len() != self.params.n as usize {
+            return Err(Error::invalid("a request needs one constraint for each of its choices"));
+        }
         Ok(())
     }
 }
@@ -232,5 +240,6 @@ pub struct Arrival {
     pub request: std::sync::Arc<Request>,
     pub seed: u64,
     pub text: Option<Box<dyn TextSink>>,
+    pub constraint: Option<Box<dyn Constraint>>,
     pub events: Box<dyn EventSink>,
 }

@@ -9,6 +9,7 @@ use setu_core::sampling::SamplingParams;
 use setu_core::view::{SessionState, SessionView, UNSET_PRIORITY};
 use setu_core::{Error, Result};
 
+use crate::core::NextToken;
 use crate::guard::panic_message;
 use crate::kv::{GroupTable, PrefixKeys};
 use crate::request::{Arrival, EventSink, Piece, Request, TextSink, TokenLogprob, Usage};
@@ -19,6 +20,8 @@ pub(crate) struct Session {
     pub request: Arc<Request>,
     pub seed: u64,
     pub text: Option<Box<dyn TextSink>>,
+    /// For a constrained session, what may come next.
+    pub next_token: Option<NextToken>,
     pub events: Box<dyn EventSink>,
     /// Confirmed tokens.
     pub output: Vec<u32>,
@@ -57,6 +60,7 @@ impl Session {
             request,
             seed: arrival.seed,
             text: arrival.text,
+            next_token: arrival.constraint.map(|constraint| NextToken::Known(constraint, Vec::new())),
             events: arrival.events,
             output: Vec::new(),
             tables,

@@ -267,6 +267,7 @@ impl<'a> Run<'a> {
                 request: Arc::new(request),
                 seed: index.into(),
                 text: Some(Box::new(sink)),
+                constraint: None,
                 events: Box::new(sender),
             };
             self.core.add(vec![arrival]);

@@ -31,6 +31,8 @@ pub struct Stats {
     /// Time inside the backend, and the engine's own time in turns that worked.
     pub backend_s: f64,
     pub engine_s: f64,
+    /// Time that the engine waited for masks of constrained sessions.
+    pub mask_wait_s: f64,
     /// CPU time of the policies.
     pub scheduler_s: f64,
     pub batcher_s: f64,

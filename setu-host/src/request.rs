@@ -1,6 +1,8 @@
-//! What a request says besides its prompt and how to sample: whose it is, how urgent, when it is due.
+//! What a request says besides its prompt and how to sample: whose it is, how urgent, when it is due, what form its
+//! answer has.
 
-use clap::{Arg, ArgMatches, Command, value_parser};
+use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
+use setu_engine::grammar::Grammar;
 use setu_engine::request::Deadlines;
 
 /// For whom, how urgent, by when. By default nobody in particular, as urgent as the scheduler has it, whenever.
@@ -10,6 +12,8 @@ pub struct RequestOptions {
     pub priority: Option<i32>,
     pub class: u32,
     pub deadlines: Deadlines,
+    /// The form that answers must have.
+    pub grammar: Option<Grammar>,
 }
 
 impl RequestOptions {
@@ -30,6 +34,8 @@ impl RequestOptions {
             .arg(due("ttft-ms", "Time until the first token is due"))
             .arg(due("itl-ms", "Longest time between two tokens"))
             .arg(due("deadline-ms", "Time until the last token is due"))
+            .args(form_flags())
+            .group(ArgGroup::new("form").args(["json-schema", "regex", "choice", "grammar"]))
     }
 
     /// What the flags say.
@@ -44,6 +50,35 @@ impl RequestOptions {
                 itl_s: seconds("itl-ms"),
                 total_s: seconds("deadline-ms"),
             },
+            grammar: form(matches),
         }
     }
+}
+
+fn form_flags() -> [Arg; 4] {
+    let flag = |name: &'static str, value: &'static str, help: &'static str| {
+        Arg::new(name).long(name).value_name(value).help(help).help_heading("The form of the answer")
+    };
+    [
+        flag("json-schema", "FILE", "The answer is JSON that this schema describes").value_parser(schema_in),
+        flag("regex", "REGEX", "The regular expression matches the whole answer"),
+        flag("choice", "TEXT", "The answer is this text; given several times, one of them").action(ArgAction::Append),
+        flag("grammar", "FILE", "The answer follows this grammar, in llguidance's dialect of Lark")
+            .value_parser(text_in),
+    ]
+}
+
+fn form(matches: &ArgMatches) -> Option<Grammar> {
+    let text = |name: &str| matches.get_one::<String>(name).cloned();
+    let schema = matches.get_one::<serde_json::Value>("json-schema").cloned().map(Grammar::JsonSchema);
+    let choices = || matches.get_many::<String>("choice").map(|texts| Grammar::Choice(texts.cloned().collect()));
+    schema.or_else(|| text("regex").map(Grammar::Regex)).or_else(choices).or_else(|| text("grammar").map(Grammar::Lark))
+}
+
+fn text_in(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|error| format!("{path} can't be read: {error}"))
+}
+
+fn schema_in(path: &str) -> Result<serde_json::Value, String> {
+    serde_json::from_str(&text_in(path)?).map_err(|error| format!("{path} isn't JSON: {error}"))
 }

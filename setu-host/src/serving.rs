@@ -1,7 +1,7 @@
 //! A model loaded into a running engine: the second half of start-up, and what commands do with it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use setu_core::component::{ComponentKind, Kind};
@@ -11,6 +11,7 @@ use setu_core::{Error, Graph, Registries, Registry, Result};
 use setu_engine::checkpoint::Checkpoint;
 use setu_engine::config::{EngineConfig, KvConfig, ParallelConfig};
 use setu_engine::core::{Parts, Settings as CoreSettings};
+use setu_engine::grammar::{CompiledGrammar, Grammar, Grammars};
 use setu_engine::text::{
     ChatInput, ChatTemplate, ChatValue, DetokenizeOptions, Detokenizer, EncodeOptions, StopMatcher, TextStream,
     Tokenizer,
@@ -112,6 +113,8 @@ pub struct Serving {
     model: OpenModel,
     tokenizer: Arc<Tokenizer>,
     template: Result<ChatTemplate>,
+    /// Prepared when the first answer must have a form.
+    grammars: OnceLock<Result<Grammars>>,
     tenants: Tenants,
     sampling: SamplingParams,
     weight_bytes: u64,
@@ -189,7 +192,18 @@ impl Serving {
         let core_settings = CoreSettings { engine: engine_config, kv: kv_config, max_model_len: loaded.max_model_len };
         let engine = Engine::start(parts, core_settings)?;
         let load_s = started.elapsed().as_secs_f64();
-        Ok(Serving { engine, model, tokenizer, template, tenants, sampling, weight_bytes, timings, load_s })
+        Ok(Serving {
+            engine,
+            model,
+            tokenizer,
+            template,
+            grammars: OnceLock::new(),
+            tenants,
+            sampling,
+            weight_bytes,
+            timings,
+            load_s,
+        })
     }
 
     /// What `setu run FLAGS` would start; for tests and benches.
@@ -323,7 +337,21 @@ impl Serving {
         request.priority = options.priority;
         request.class = options.class;
         request.deadlines = options.deadlines;
+        if let Some(grammar) = &options.grammar {
+            let grammar = self.grammar(grammar)?;
+            request.constraints = (0..request.params.n).map(|_| grammar.start()).collect();
+        }
         Ok(request)
+    }
+
+    /// Compiles a grammar; one that was compiled lately is found.
+    ///
+    /// # Errors
+    /// It is refused, or the model's vocabulary can't be used for grammars.
+    pub fn grammar(&self, grammar: &Grammar) -> Result<Arc<CompiledGrammar>> {
+        let vocab_size = self.engine.limits().vocab_size;
+        let grammars = self.grammars.get_or_init(|| Grammars::new(&self.tokenizer, vocab_size));
+        grammars.as_ref().map_err(Clone::clone)?.compile(grammar)
     }
 
     /// The text of one token, as well as it can be shown alone.

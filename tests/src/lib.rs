@@ -8,6 +8,7 @@ pub mod logs;
 pub mod models;
 pub mod parity;
 pub mod program;
+pub mod schemas;
 pub mod server;
 pub mod tiny_files;
 pub mod tiny_llama;

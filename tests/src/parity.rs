@@ -263,6 +263,7 @@ fn run(core: &mut Core, request: Request, preempt_every: usize) -> Result<(Vec<E
         request: Arc::new(request),
         seed: 0,
         text: None,
+        constraint: None,
         events: Box::new(events),
     }]);
     let mut seen = Vec::new();

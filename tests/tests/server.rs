@@ -24,6 +24,10 @@ fn completion(changes: Value) -> Value {
     changed(json!({"prompt": "The capital of France is", "temperature": 0, "max_tokens": 8}), changes)
 }
 
+fn schema(schema: Value) -> Value {
+    json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}})
+}
+
 fn changed(mut value: Value, changes: Value) -> Value {
     for (name, change) in changes.as_object().expect("an object") {
         value[name] = change.clone();
@@ -162,7 +166,7 @@ fn samples(path: &str) -> Value {
         "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": -0.1, "logit_bias": {"198": -5},
         "seed": -3, "n": 2, "stop": ["\n\n", "END"], "stop_token_ids": [2], "min_tokens": 1, "ignore_eos": true,
         "stream": false, "user": "somebody", "priority": 3, "class": 1, "ttft_ms": 60000, "itl_ms": 60000.0,
-        "deadline_ms": 1e6,
+        "deadline_ms": 1e6, "structured_outputs": {"regex": "[a-z ]+"},
     });
     let own = match path {
         CHAT => json!({
@@ -283,7 +287,19 @@ fn what_is_wrong_is_told_with_its_place() {
         (CHAT, chat(json!({"top_logprobs": 1})), 400, "top_logprobs", "needs `logprobs`"),
         (CHAT, chat(json!({"max_completion_tokens": 3})), 400, "max_tokens", "older name"),
         (CHAT, chat(json!({"logit_bias": {"the": 1}})), 400, "logit_bias", "token id"),
-        (CHAT, chat(json!({"response_format": {"type": "json_object"}})), 400, "response_format.type", "json_object"),
+        (CHAT, chat(json!({"response_format": {"type": "yaml"}})), 400, "response_format.type", "yaml"),
+        (CHAT, chat(json!({"response_format": {"type": "json_schema"}})), 400, "response_format", "json_schema"),
+        (CHAT, chat(schema(json!({"type": "tuple"}))), 400, "response_format", "tuple"),
+        (
+            CHAT,
+            chat(json!({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}})),
+            400,
+            "structured_outputs",
+            "both",
+        ),
+        (COMPLETIONS, completion(json!({"structured_outputs": {}})), 400, "structured_outputs", "exactly one"),
+        (COMPLETIONS, completion(json!({"structured_outputs": {"regex": "("}})), 400, "structured_outputs", ""),
+        (COMPLETIONS, completion(json!({"guided_regex": "a"})), 400, "guided_regex", "structured_outputs"),
         (CHAT, chat(json!({"model": "gpt-4o"})), 404, "model", "isn't served here"),
         (CHAT, chat(json!({"store": true})), 400, "store", "aren't stored"),
         (CHAT, chat(json!({"stream_options": {"include_usage": true}})), 400, "stream_options", "needs `stream`"),

@@ -1,7 +1,8 @@
 //! Steps from submission to their outputs.
 //!
 //! A step is checked and copied when it is submitted, and runs when it is waited for, on the waiting thread
-//! and its helpers: the cores are all there is to compute with, so there is nothing to overlap with.
+//! and its helpers: the cores are all there is to compute with, so there is nothing to overlap with. But where sampling
+//! waits for masks, all that comes before it runs at once, so that masks are computed meanwhile.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -25,7 +26,7 @@ pub struct CpuExecutable {
     limits: Limits,
     pool: Pool,
     /// Steps that were submitted and not waited for, oldest first.
-    open: VecDeque<(Ticket, StepData)>,
+    open: VecDeque<Open>,
     /// Retired steps, kept for their memory.
     spare: Vec<StepData>,
     next_ticket: u64,
@@ -37,6 +38,15 @@ pub struct CpuExecutable {
     sampled: Vec<AtomicU32>,
     /// The wants' tokens of the step before that.
     carried: Vec<u32>,
+}
+
+/// A step that was submitted.
+#[derive(Debug)]
+struct Open {
+    ticket: Ticket,
+    step: StepData,
+    /// How long what comes before the wanted rows took, where it has run.
+    body_s: Option<f64>,
 }
 
 impl CpuExecutable {
@@ -58,9 +68,26 @@ impl CpuExecutable {
     fn position(&self, ticket: Ticket) -> Result<usize> {
         self.open
             .iter()
-            .position(|(open, _)| *open == ticket)
+            .position(|open| open.ticket == ticket)
             .ok_or_else(|| Error::contract(format!("ticket {} is not open", ticket.0)))
     }
+
+    /// Runs what comes before the wanted rows; returns how long it took, in seconds.
+    fn run_body(&mut self, step: &mut StepData) -> Result<f64> {
+        let started = Instant::now();
+        step.carry(carried_token(&self.carried));
+        self.compiled.prepare(step)?;
+        let (compiled, step) = (&self.compiled, &*step);
+        // SAFETY: every thread of the pool runs this with the same arguments, once, after `prepare`.
+        self.pool.run(|worker| unsafe { compiled.run_body(step, worker) });
+        Ok(started.elapsed().as_secs_f64())
+    }
+}
+
+/// What the step before sampled for a want. A row whose token couldn't be sampled is given up by the engine; until then
+/// any token will do.
+fn carried_token(carried: &[u32]) -> impl Fn(usize) -> u32 {
+    |want| carried.get(want).copied().filter(|&id| id != NO_TOKEN).unwrap_or(0)
 }
 
 impl Executable for CpuExecutable {
@@ -86,6 +113,10 @@ impl Executable for CpuExecutable {
             self.spare.push(data);
             return Err(error);
         }
+        let body_s = match data.wants.iter().any(|want| want.has(Want::MASKED)) {
+            true => Some(self.run_body(&mut data)?),
+            false => None,
+        };
         for &(slot, _) in &data.opened {
             self.open_slots[slot as usize] = true;
         }
@@ -93,40 +124,47 @@ impl Executable for CpuExecutable {
         self.last_wants.extend(data.wants.iter().map(|want| want.has(Want::SAMPLE)));
         let ticket = Ticket(self.next_ticket);
         self.next_ticket += 1;
-        self.open.push_back((ticket, data));
+        self.open.push_back(Open { ticket, step: data, body_s });
         Ok(ticket)
     }
 
     fn provide(&mut self, ticket: Ticket, masks: &Masks<'_>) -> Result<()> {
         let position = self.position(ticket)?;
-        self.open[position].1.provide(masks, self.limits.vocab)
+        self.open[position].step.provide(masks, self.limits.vocab)
     }
 
     fn wait(&mut self, ticket: Ticket, outputs: &mut StepOutputs<'_>) -> Result<()> {
         if self.position(ticket)? != 0 {
             return Err(Error::contract(format!("ticket {} is waited for before older ones", ticket.0)));
         }
-        let step = &mut self.open[0].1;
+        let Open { step, body_s, .. } = &mut self.open[0];
         let masked =
             step.wants.iter().zip(&step.masks).position(|(want, mask)| want.has(Want::MASKED) && mask.is_none());
         if let Some(want) = masked {
             return Err(Error::contract(format!("want {want} waits for a mask that was not provided")));
         }
         let places = Outputs::new(outputs, step, self.limits.vocab)?;
-        // A row whose token couldn't be sampled is given up by the engine; until then any token will do.
-        step.carry(|want| self.carried.get(want).copied().filter(|&id| id != NO_TOKEN).unwrap_or(0));
         let started = Instant::now();
+        let body_s = *body_s;
         self.sampled.clear();
         self.sampled.resize_with(step.wants.len(), || AtomicU32::new(NO_TOKEN));
-        self.compiled.prepare(step)?;
+        if body_s.is_none() {
+            step.carry(carried_token(&self.carried));
+            self.compiled.prepare(step)?;
+        }
         let (compiled, step, sampled) = (&self.compiled, &*step, &self.sampled);
-        // SAFETY: every thread of the pool runs this with the same arguments, once, after `prepare`; the
+        // SAFETY: every thread of the pool runs these with the same arguments, once, in this order, after `prepare`; the
         // outputs are borrowed until then.
-        self.pool.run(|worker| unsafe { compiled.run(step, &places, sampled, worker) });
+        self.pool.run(|worker| unsafe {
+            if body_s.is_none() {
+                compiled.run_body(step, worker);
+            }
+            compiled.run_tail(step, &places, sampled, worker);
+        });
         self.carried.clear();
         self.carried.extend(self.sampled.iter().map(|token| token.load(Ordering::Relaxed)));
-        outputs.busy_s = started.elapsed().as_secs_f64();
-        if let Some((_, step)) = self.open.pop_front() {
+        outputs.busy_s = started.elapsed().as_secs_f64() + body_s.unwrap_or(0.0);
+        if let Some(Open { step, .. }) = self.open.pop_front() {
             self.spare.push(step);
         }
         Ok(())

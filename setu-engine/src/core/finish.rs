@@ -48,7 +48,8 @@ impl Core {
         buffers.top_logprobs.resize(wants * stride as usize, f32::NAN);
         let top = (&mut buffers.top_tokens[..], &mut buffers.top_logprobs[..], stride);
         let mut outputs = StepOutputs::new(&mut buffers.tokens, &mut buffers.logprobs, top, &mut []);
-        let result = self.call_backend(|executable| executable.wait(ticket, &mut outputs));
+        let provided = self.provide_masks();
+        let result = provided.and_then(|()| self.call_backend(|executable| executable.wait(ticket, &mut outputs)));
         let result = result.and_then(|()| self.pass_time(outputs.busy_s));
         // The flight stays in the queue while its results are taken in: what ends meanwhile is retired with it.
         match result {
@@ -229,6 +230,8 @@ impl Core {
             self.end(index, FinishReason::Stop(None));
         } else if view.generated_tokens >= view.max_tokens {
             self.end(index, FinishReason::Length);
+        } else {
+            self.ask_mask(index, Some(token));
         }
     }
 

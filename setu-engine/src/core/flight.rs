@@ -14,6 +14,8 @@ pub(super) struct Flight {
     pub wants: Vec<FlightWant>,
     /// Longest `top` of the wants.
     pub top_stride: u32,
+    /// The wants that wait for masks, and whose they are.
+    pub masked: Vec<(u32, SessionId)>,
     /// Page copies that it carries out, (group, from, to); both pages are held until it was waited for.
     pub copies: Vec<(u32, u32, u32)>,
     /// To be released when the step was waited for.
@@ -58,12 +60,14 @@ pub(super) enum WantKind {
 impl Flight {
     /// Empties it, keeping the memory.
     pub fn reset(&mut self) {
-        let Flight { mut rows, mut wants, mut copies, mut retired_pages, mut retired_slots, .. } = std::mem::take(self);
+        let Flight { mut rows, mut wants, mut masked, mut copies, mut retired_pages, mut retired_slots, .. } =
+            std::mem::take(self);
         rows.clear();
         wants.clear();
+        masked.clear();
         copies.clear();
         retired_pages.clear();
         retired_slots.clear();
-        *self = Flight { rows, wants, copies, retired_pages, retired_slots, ..Flight::default() };
+        *self = Flight { rows, wants, masked, copies, retired_pages, retired_slots, ..Flight::default() };
     }
 }

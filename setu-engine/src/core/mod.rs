@@ -5,11 +5,12 @@
 //! result that comes too late (its session ended or lost its pages meanwhile) is dropped.
 //!
 //! `plan.rs` decides what runs, `submit.rs` writes it down for the backend, `finish.rs` takes the results in,
-//! `notes.rs` tells the record of decisions.
+//! `masks.rs` has constrained sessions' masks computed meanwhile, `notes.rs` tells the record of decisions.
 
 mod accounts;
 mod finish;
 mod flight;
+mod masks;
 mod notes;
 mod plan;
 mod submit;
@@ -39,6 +40,8 @@ use crate::trace::{PreemptionCause, Tracer};
 use accounts::Accounts;
 use flight::Flight;
 use submit::StepBuilder;
+
+pub(crate) use masks::NextToken;
 
 /// What an engine is made of.
 pub struct Parts {
@@ -105,6 +108,7 @@ pub struct Core {
     group_views: Vec<KvGroupView>,
     planned: plan::Plan,
     outputs: finish::OutputBuffers,
+    masks: masks::MaskDesk,
     stats: Stats,
     tracer: Option<Tracer>,
     notes: notes::Notes,
@@ -165,6 +169,7 @@ impl Core {
             group_views: Vec::new(),
             planned: plan::Plan::default(),
             outputs: finish::OutputBuffers::default(),
+            masks: masks::MaskDesk::default(),
             stats: Stats::default(),
             tracer: None,
             notes: notes::Notes::default(),
@@ -213,6 +218,7 @@ impl Core {
             self.views.push(view);
             self.stats.added += 1;
             self.trace_added(self.sessions.len() - 1);
+            self.ask_mask(self.sessions.len() - 1, None);
         }
     }
 
@@ -283,7 +289,7 @@ impl Core {
             return Turn::Idle { until_s: f64::INFINITY };
         }
         let started = std::time::Instant::now();
-        let backend_before = self.stats.backend_s;
+        let waited_before = self.stats.backend_s + self.stats.mask_wait_s;
         let in_flight = match self.settings.engine.max_steps_in_flight {
             0 => self.info.max_in_flight.min(2),
             most => self.info.max_in_flight.min(most),
@@ -296,8 +302,8 @@ impl Core {
             waited = true;
         }
         if submitted || waited {
-            let backend_s = self.stats.backend_s - backend_before;
-            self.stats.engine_s += (started.elapsed().as_secs_f64() - backend_s).max(0.0);
+            let waited_s = self.stats.backend_s + self.stats.mask_wait_s - waited_before;
+            self.stats.engine_s += (started.elapsed().as_secs_f64() - waited_s).max(0.0);
             return Turn::Worked;
         }
         // A policy that runs nobody and names no time is asked again before long, so that it can't hang its sessions.

@@ -63,6 +63,7 @@ impl Core {
             return f64::INFINITY;
         }
         self.step += 1;
+        self.take_masks();
         self.observe_events();
         if self.broken.is_some() {
             return f64::INFINITY;

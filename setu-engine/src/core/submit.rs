@@ -149,6 +149,10 @@ impl Core {
                 if params.logprobs.is_some() {
                     flags |= Want::LOGPROB;
                 }
+                if session.next_token.is_some() {
+                    flags |= Want::MASKED;
+                    flight.masked.push((builder.wants.len() as u32, session.id));
+                }
                 let mut want = Want::new(row, planned.tokens - 1, flags);
                 want.top = params.logprobs.unwrap_or(0);
                 builder.wants.push(want);

@@ -22,7 +22,9 @@ fn start(setup: &Setup) -> Engine {
 fn request(ask: &Ask) -> Request {
     let mut params = ask.params.clone();
     params.seed = Some(ask.seed);
-    Request::new(ask.prompt.clone(), params)
+    let mut request = Request::new(ask.prompt.clone(), params);
+    request.constraints = ask.constraint().into_iter().collect();
+    request
 }
 
 fn endless(seed: u64) -> Ask {

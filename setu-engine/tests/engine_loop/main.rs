@@ -2,6 +2,7 @@
 
 mod answers;
 mod backends;
+mod constraints;
 mod handle;
 mod pages;
 mod policies;

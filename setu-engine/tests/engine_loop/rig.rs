@@ -14,12 +14,12 @@ use setu_core::graph::{ActivationKind, Graph, GraphBuilder, KvGroupKind, KvLayer
 use setu_core::ids::SessionId;
 use setu_core::sampling::{SamplingParams, SlotState, log_sum_exp, top_logprobs};
 use setu_core::scheduler::Scheduler;
-use setu_core::{DType, Result};
+use setu_core::{DType, Error, Result};
 use setu_engine::clock::Clock;
 use setu_engine::config::{EngineConfig, KvConfig, KvDType};
 use setu_engine::core::{Core, Parts, Settings, Turn};
 use setu_engine::request::Arrival;
-use setu_engine::{Event, FinishReason, Finished, Guarded, Request, TokenLogprob};
+use setu_engine::{Constraint, Event, FinishReason, Finished, Guarded, Request, TokenLogprob};
 use setu_scheduler_fcfs::{Fcfs, FcfsConfig};
 use setu_testkit::plain::PlainBackend;
 use setu_testkit::reference::ReferenceModel;
@@ -121,7 +121,12 @@ impl Model {
         for _ in 0..most {
             let row = logits.pop().unwrap();
             let mut processed = row.clone();
-            state.process(&mut processed, None);
+            let mask = ask.form.map(|form| form.mask(&answer.tokens));
+            if mask == Some(None) {
+                answer.reason = FinishReason::Stop(None);
+                break;
+            }
+            state.process(&mut processed, mask.flatten().as_deref());
             let token = state.sample(&processed, sequence.len() as u64).unwrap();
             state.see_output(token);
             if (token == EOS && !params.ignore_eos) || params.stop_token_ids.contains(&token) {
@@ -177,6 +182,74 @@ pub struct Ask {
     pub seed: u64,
     pub prompt_only: bool,
     pub tenant: u32,
+    pub form: Option<Form>,
+}
+
+/// A form that answers can have: what may come next depends on all that came before.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Form {
+    /// Tokens after which an answer is complete.
+    pub tokens: usize,
+    /// What goes wrong at a token, if anything.
+    pub fault: Option<(usize, FormFault)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FormFault {
+    Refuses,
+    Panics,
+    AllowsNothing,
+    /// It takes this many milliseconds for every mask from then on.
+    Dawdles(u64),
+}
+
+impl Form {
+    pub fn new(tokens: usize) -> Form {
+        Form { tokens, fault: None }
+    }
+
+    pub fn failing(tokens: usize, at: usize, fault: FormFault) -> Form {
+        Form { tokens, fault: Some((at, fault)) }
+    }
+
+    /// The mask behind `output`; none where it is complete.
+    pub fn mask(&self, output: &[u32]) -> Option<Vec<u32>> {
+        let state = output.iter().fold(output.len() as u32, |state, &token| state.wrapping_mul(31) + token);
+        let allowed = (0..VOCAB).filter(|token| (token * 7 + state) % 3 == 0);
+        (output.len() < self.tokens).then(|| vec![allowed.fold(0, |word, token| word | 1 << token)])
+    }
+}
+
+struct Formed {
+    form: Form,
+    output: Vec<u32>,
+}
+
+impl Constraint for Formed {
+    fn accept(&mut self, token: u32) -> Result<()> {
+        let mask = self.form.mask(&self.output).expect("nothing comes behind the end");
+        assert!(mask[0] >> token & 1 == 1, "{token} was not allowed behind {:?}", self.output);
+        self.output.push(token);
+        Ok(())
+    }
+
+    fn allow(&mut self, mask: &mut [u32]) -> Result<bool> {
+        assert!(mask.iter().all(|&word| word == 0));
+        match self.form.fault {
+            Some((at, FormFault::Dawdles(ms))) if at <= self.output.len() => {
+                std::thread::sleep(std::time::Duration::from_millis(ms));
+            }
+            Some((at, fault)) if at == self.output.len() => match fault {
+                FormFault::Refuses => return Err(Error::invalid("no more")),
+                FormFault::Panics => panic!("the form breaks"),
+                FormFault::AllowsNothing | FormFault::Dawdles(_) => return Ok(true),
+            },
+            _ => {}
+        }
+        let Some(allowed) = self.form.mask(&self.output) else { return Ok(false) };
+        mask.copy_from_slice(&allowed);
+        Ok(true)
+    }
 }
 
 impl Ask {
@@ -184,6 +257,17 @@ impl Ask {
         let mut ask = Ask { prompt: prompt.to_vec(), ..Ask::default() };
         ask.params.max_tokens = Some(max_tokens);
         ask
+    }
+
+    /// The request with answers of this form.
+    #[must_use]
+    pub fn formed(self, form: Form) -> Ask {
+        Ask { form: Some(form), ..self }
+    }
+
+    /// What has one of its answers take the form.
+    pub fn constraint(&self) -> Option<Box<dyn Constraint>> {
+        self.form.map(|form| -> Box<dyn Constraint> { Box::new(Formed { form, output: vec![] }) })
     }
 
     #[must_use]
@@ -251,6 +335,7 @@ impl Setup {
             max_sessions: self.max_sessions,
             max_queue: self.max_queue,
             max_steps_in_flight: self.steps_in_flight,
+            mask_threads: 2,
             policy_budget_us: self.policy_budget_us,
             policy_overruns: self.policy_overruns,
             watchdog_s: 0.0,
@@ -332,6 +417,7 @@ impl Rig {
                 request: request.clone(),
                 seed: ask.seed + choice,
                 text,
+                constraint: ask.constraint(),
                 events: Box::new(events),
             });
             self.live.insert(id, receiver);

@@ -3,7 +3,7 @@
 use setu_core::ids::SessionId;
 use setu_testkit::rng::Rng;
 
-use crate::rig::{Ask, Model, Rig, Setup, VOCAB, full, windowed};
+use crate::rig::{Ask, Form, Model, Rig, Setup, VOCAB, full, windowed};
 
 /// Requests of every kind, some with a common prefix.
 pub fn strangers(count: usize, seed: u64) -> Vec<Ask> {
@@ -13,7 +13,8 @@ pub fn strangers(count: usize, seed: u64) -> Vec<Ask> {
         let mut prompt = if index % 3 == 0 { prefix[..rng.below(19)].to_vec() } else { Vec::new() };
         let more = 1 + rng.below(if index % 5 == 0 { 40 } else { 12 });
         prompt.extend(rng.tokens(more, VOCAB));
-        let ask = Ask::new(&prompt, 1 + rng.below(14) as u32).sampled(rng.next_u64() >> 8);
+        let mut ask = Ask::new(&prompt, 1 + rng.below(14) as u32).sampled(rng.next_u64() >> 8);
+        ask.form = (index % 7 == 2).then(|| Form::new(2 + index % 11));
         ask.with(|params| match index % 12 {
             0 => params.temperature = 0.0,
             1 => params.top_k = 5,

@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::Stream;
 use serde::{Deserialize, Serialize};
 use setu_core::sampling::SamplingParams;
+use setu_engine::grammar::Grammar;
 use setu_engine::text::{ChatInput, ChatValue};
 use setu_engine::{Event, TokenLogprob};
 use utoipa::ToSchema;
@@ -20,7 +21,9 @@ use super::content::{Content, Object};
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Answer, Generation, Prompt, check, finish_name};
 use super::shared::{Accepted, Refused, StreamOptions, UsageBody, check as check_params, text_request};
+use super::structured::{self, ResponseFormat};
 use super::{sse, text};
+use crate::request::RequestOptions;
 
 text_request! {
     /// A conversation that is to be continued.
@@ -46,11 +49,10 @@ text_request! {
         /// Variables of the model's chat template, such as `enable_thinking`.
         #[serde(default)]
         pub chat_template_kwargs: Option<serde_json::Map<String, serde_json::Value>>,
-        /// The format of the answer: only `{"type": "text"}` is provided.
+        /// The form that the answer must have.
         #[serde(default)]
-        #[expect(dead_code, reason = "which values are taken is checked as they are read")]
         #[schema(value_type = Option<ResponseFormat>)]
-        pub response_format: Accepted<Object<ResponseFormat>>,
+        pub response_format: Option<Object<ResponseFormat>>,
         /// What the answer is made of: only `["text"]` is provided.
         #[serde(default)]
         #[expect(dead_code, reason = "which values are taken is checked as they are read")]
@@ -132,13 +134,6 @@ pub enum Role {
     Developer,
     User,
     Assistant,
-}
-
-/// The format of an answer.
-#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-pub enum ResponseFormat {
-    Text {},
 }
 
 /// What an answer is made of.
@@ -252,7 +247,9 @@ pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Byte
     let variables = request.chat_template_kwargs.clone().unwrap_or_default();
     let prompt = encode_with(&app, &request.messages, variables).await?;
     let prompt = Prompt { tokens: prompt, only: false };
-    let generation = Generation::start(&app, vec![prompt], &params, &request.options()).await?;
+    let (field, form) = request.form()?;
+    let options = RequestOptions { grammar: structured::check(&app, field, form).await?, ..request.options() };
+    let generation = Generation::start(&app, vec![prompt], &params, &options).await?;
     let answer = Envelope { id: app.answer_id("chatcmpl"), created: now_s(), model };
     let response = if request.is_streamed() {
         sse::response(stream(app.clone(), generation, answer, request.includes_usage()))
@@ -335,6 +332,19 @@ impl ChatRequest {
             return Err(ApiError::invalid("store", "answers aren't stored: leave `store` out or false"));
         }
         Ok(())
+    }
+
+    /// The form that the answer must have, and the field that asks for it.
+    fn form(&self) -> Result<(&'static str, Option<Grammar>), ApiError> {
+        let format = self.response_format.as_ref().and_then(|format| format.0.grammar());
+        match (self.structured()?, format) {
+            (Some(_), Some(_)) => {
+                let message = "`structured_outputs` and `response_format` both say what the answer must be";
+                Err(ApiError::invalid("structured_outputs", message))
+            }
+            (Some(grammar), None) => Ok(("structured_outputs", Some(grammar))),
+            (None, grammar) => Ok(("response_format", grammar)),
+        }
     }
 
     fn params(&self, app: &App) -> Result<SamplingParams, ApiError> {

@@ -21,7 +21,8 @@ use super::content::Prompts;
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Answer, Generation, Prompt, check, finish_name};
 use super::shared::{Refused, StreamOptions, UsageBody, check as check_params, text_request};
-use super::{sse, text};
+use super::{sse, structured, text};
+use crate::request::RequestOptions;
 
 /// Longest answer where nobody says, as OpenAI has it.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -107,7 +108,9 @@ pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Byte
     let firsts = prompts.iter().filter(|_| params.prompt_logprobs.is_some());
     let firsts = firsts.map(|prompt| prompt.tokens.first().copied()).collect();
     let prompts = prompts.into_iter().map(|prompt| Prompt { tokens: prompt.tokens, only: prompt_only }).collect();
-    let generation = Generation::start(&app, prompts, &params, &request.options()).await?;
+    let form = structured::check(&app, "structured_outputs", request.structured()?).await?;
+    let options = RequestOptions { grammar: form, ..request.options() };
+    let generation = Generation::start(&app, prompts, &params, &options).await?;
     let echo = Echo { texts: echoed, firsts, choices: params.n as usize };
     let answer = Envelope { id: app.answer_id("cmpl"), created: now_s(), model, echo };
     let response = if request.is_streamed() {

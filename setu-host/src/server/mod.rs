@@ -23,6 +23,7 @@ mod openapi;
 mod shared;
 mod sse;
 mod status;
+mod structured;
 mod text;
 
 use std::future::Future;

@@ -159,12 +159,25 @@ macro_rules! text_request {
             /// Tokens that end the answer.
             #[serde(default)]
             pub stop_token_ids: Option<Vec<u32>>,
-            /// Tokens before which the answer can't end.
+            /// Tokens before which the answer can't end, unless its form has it complete.
             #[serde(default)]
             pub min_tokens: Option<u32>,
             /// Goes on past the end of sequence.
             #[serde(default)]
             pub ignore_eos: Option<bool>,
+            /// The form that the answer must have.
+            #[serde(default)]
+            #[schema(value_type = Option<crate::server::structured::StructuredOutputs>)]
+            pub structured_outputs:
+                Option<crate::server::content::Object<crate::server::structured::StructuredOutputs>>,
+            #[serde(default)]
+            pub guided_json: crate::server::shared::Refused,
+            #[serde(default)]
+            pub guided_regex: crate::server::shared::Refused,
+            #[serde(default)]
+            pub guided_choice: crate::server::shared::Refused,
+            #[serde(default)]
+            pub guided_grammar: crate::server::shared::Refused,
             /// The answer comes as server-sent events, as it is generated.
             #[serde(default)]
             pub stream: Option<bool>,
@@ -233,6 +246,16 @@ macro_rules! text_request {
                 Ok(params)
             }
 
+            /// The form that `structured_outputs` asks for.
+            fn structured(&self) -> Result<Option<setu_engine::grammar::Grammar>, crate::server::error::ApiError> {
+                let newer = "ask by `structured_outputs`, which has `json`, `regex`, `choice` and `grammar`";
+                self.guided_json.check("guided_json", newer)?;
+                self.guided_regex.check("guided_regex", newer)?;
+                self.guided_choice.check("guided_choice", newer)?;
+                self.guided_grammar.check("guided_grammar", newer)?;
+                self.structured_outputs.as_ref().map(|asked| asked.0.grammar()).transpose()
+            }
+
             fn is_streamed(&self) -> bool {
                 self.stream == Some(true)
             }
@@ -254,6 +277,7 @@ macro_rules! text_request {
                         itl_s: seconds(self.itl_ms),
                         total_s: seconds(self.deadline_ms),
                     },
+                    grammar: None,
                 }
             }
         }

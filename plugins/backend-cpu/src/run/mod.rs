@@ -8,8 +8,8 @@
 mod experts;
 
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard};
 
 use setu_core::Result;
 use setu_core::backend::Want;
@@ -185,24 +185,36 @@ impl Compiled {
         Ok(())
     }
 
-    /// Runs this thread's share of `step`, writing what the step samples to `sampled`.
+    /// Runs this thread's share of what comes before the wanted rows of `step`.
     ///
     /// # Safety
-    /// All threads of one team call this with the same arguments, after one [`prepare`](Compiled::prepare) for it.
-    pub unsafe fn run(&self, step: &StepData, outputs: &Outputs, sampled: &[AtomicU32], worker: &Worker<'_>) {
-        let mut space = self.threads[worker.index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let space = &mut *space;
+    /// All threads of one team call this with the same arguments, after one [`prepare`](Compiled::prepare) for the step.
+    pub unsafe fn run_body(&self, step: &StepData, worker: &Worker<'_>) {
+        let mut space = self.space(worker);
         let all = Rows { count: step.tokens(), tokens: None };
         if all.count > 0 {
             self.angles(step, worker);
-            self.plan.body.iter().for_each(|phase| self.phase(phase, step, all, worker, space));
+            self.plan.body.iter().for_each(|phase| self.phase(phase, step, all, worker, &mut space));
         }
+    }
+
+    /// Runs this thread's share of the wanted rows of `step`, writing what it samples to `sampled`.
+    ///
+    /// # Safety
+    /// All threads of one team call this with the same arguments, after [`run_body`](Compiled::run_body) for the step.
+    pub unsafe fn run_tail(&self, step: &StepData, outputs: &Outputs, sampled: &[AtomicU32], worker: &Worker<'_>) {
+        let mut space = self.space(worker);
+        let space = &mut *space;
         for first in (0..step.wants.len()).step_by(self.tail_rows) {
             let wants = first..step.wants.len().min(first + self.tail_rows);
             let rows = Rows { count: wants.len(), tokens: Some(&step.want_tokens[wants.clone()]) };
             self.plan.tail.iter().for_each(|phase| self.phase(phase, step, rows, worker, space));
             self.sample(step, wants, outputs, sampled, worker, space);
         }
+    }
+
+    fn space(&self, worker: &Worker<'_>) -> MutexGuard<'_, ThreadSpace> {
+        self.threads[worker.index].lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     fn angles(&self, step: &StepData, worker: &Worker<'_>) {
