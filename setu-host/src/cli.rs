@@ -15,7 +15,7 @@ use crate::setup::Setup;
 /// Runs the program and says how it went: 0 well, 1 not, 2 the command line or the configuration is at fault.
 pub fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().collect();
-    let mut setup = match Setup::new(args.iter().skip(1).cloned()) {
+    let setup = match Setup::new(args.iter().skip(1).cloned()) {
         Ok(setup) => setup,
         Err(message) => return fail(&message, 2),
     };
@@ -28,7 +28,7 @@ pub fn main() -> ExitCode {
         }
     };
     let Some((name, matches)) = matches.subcommand() else { return fail("no command was given", 2) };
-    match dispatch(name, matches, &mut setup) {
+    match dispatch(name, matches, setup) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::Usage(message)) => fail(&message, 2),
         Err(Failure::Failed(message)) => fail(&message, 1),
@@ -40,6 +40,22 @@ pub enum Failure {
     /// The command line or the configuration is at fault.
     Usage(String),
     Failed(String),
+}
+
+impl Failure {
+    /// The same, with what it is about in front, where it has no place of its own.
+    pub fn within(self, what: &str) -> Failure {
+        match self {
+            Failure::Usage(message) => Failure::Usage(message),
+            Failure::Failed(message) => Failure::Failed(format!("{what}: {message}")),
+        }
+    }
+
+    pub fn into_message(self) -> String {
+        match self {
+            Failure::Usage(message) | Failure::Failed(message) => message,
+        }
+    }
 }
 
 impl From<setu_core::Error> for Failure {
@@ -56,15 +72,15 @@ fn fail(message: &str, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
+fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Failure> {
     let with_settings = ["run", "score", "serve", "tokenize"].contains(&name);
     if !with_settings {
         return match name {
-            "plugins" => plugins::main(matches, setup),
-            "config" => config::main(matches, setup),
-            "model" => model::main(matches, setup),
+            "plugins" => plugins::main(matches, &mut setup),
+            "config" => config::main(matches, &mut setup),
+            "model" => model::main(matches, &mut setup),
             "why" => why::main(matches),
-            _ => completions::main(matches, command(setup)),
+            _ => completions::main(matches, command(&setup)),
         };
     }
     let settings = setup.resolve(matches).map_err(Failure::Usage)?;
@@ -77,13 +93,13 @@ fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), F
         eprintln!("{}", settings.warnings);
     }
     match name {
-        "score" => score::main(matches, setup, settings),
+        "score" => score::main(matches, &setup, settings),
         "serve" => serve::main(matches, setup, settings),
         "tokenize" => tokenize::main(matches, settings),
         _ if matches.contains_id("prompt") && matches.get_one::<String>("prompt").is_some() => {
-            run::main(matches, setup, settings)
+            run::main(matches, &setup, settings)
         }
-        _ => chat::main(matches, setup, settings),
+        _ => chat::main(matches, &setup, settings),
     }
 }
 
@@ -134,8 +150,8 @@ pub fn command(setup: &Setup) -> Command {
         .arg(json())
         .arg(verbose());
     let serve = Command::new("serve")
-        .about("Serve a model to clients of OpenAI's API")
-        .arg(model_name("Path, Hub id or short name [default: what [model] names]"))
+        .about("Serve models to clients of OpenAI's API")
+        .arg(model_name("Path, Hub id or short name [default: what [model] and [models] name]"))
         .arg(file("trace", "Record every step and decision into FILE, as lines of JSON"))
         .arg(verbose());
     let tokenize = Command::new("tokenize")

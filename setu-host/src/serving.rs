@@ -21,7 +21,7 @@ use setu_engine::{Engine, EventSink, Guarded, Handle, Health, ModelText, Request
 use crate::cli::Failure;
 use crate::config::Settings;
 use crate::linked;
-use crate::models::{Console, Store, StoreOptions};
+use crate::models::{Console, ModelName, ResolvedModel, Silent, Store, StoreOptions};
 use crate::request::RequestOptions;
 use crate::settings::{ModelConfig, SamplingConfig};
 use crate::setup::Setup;
@@ -57,7 +57,25 @@ impl OpenModel {
         let config: ModelConfig = own(settings, "model")?;
         let store = Store::open(StoreOptions::from_env()?)?;
         let name = store.parse(name.unwrap_or(&config.name))?;
-        let model = store.resolve(&name, &mut Console::stderr())?;
+        OpenModel::from_files(store.resolve(&name, &mut Console::stderr())?, config)
+    }
+
+    /// Opens the model that `settings` name, unless it would have to be fetched first.
+    ///
+    /// # Errors
+    /// There can be no such model, or it can't be read.
+    fn open_if_here(settings: &Settings) -> Result<Option<OpenModel>> {
+        let config: ModelConfig = own(settings, "model")?;
+        let store = Store::open(StoreOptions { offline: true, ..StoreOptions::from_env()? })?;
+        let name = store.parse(&config.name)?;
+        match store.resolve(&name, &mut Silent) {
+            Ok(model) => OpenModel::from_files(model, config).map(Some),
+            Err(error) if matches!(name, ModelName::Path(_)) => Err(error),
+            Err(_) => Ok(None),
+        }
+    }
+
+    fn from_files(model: ResolvedModel, config: ModelConfig) -> Result<OpenModel> {
         let within = |error: Error| error.within(format!("the model {}", model.name));
         let checkpoint = Checkpoint::open(&model.path).map_err(within)?;
         let info = checkpoint.info();
@@ -68,19 +86,19 @@ impl OpenModel {
     ///
     /// # Errors
     /// No component takes the checkpoint, or the one that does refuses it.
-    pub fn graph(&self, setup: &mut Setup, settings: &Settings) -> Result<Graph, Failure> {
+    pub fn graph(&self, setup: &Setup, settings: &Settings) -> Result<Graph, Failure> {
         let settings = self.choose_component(setup, settings.clone())?;
         let model = build(&settings, &setup.registries.models)?;
         Ok(load::graph(model.1.as_ref(), &self.info, self.config.max_model_len)?)
     }
 
     /// Has the component that takes the checkpoint chosen where nobody named one.
-    fn choose_component(&self, setup: &mut Setup, settings: Settings) -> Result<Settings, Failure> {
+    fn choose_component(&self, setup: &Setup, settings: Settings) -> Result<Settings, Failure> {
         if settings.section("model").is_some_and(|section| section.chosen.is_some()) {
             return Ok(settings);
         }
         let key = load::choose_model(&self.info, &setup.registries.models)?;
-        setup.choose_model(&key).map_err(Failure::Usage)
+        setup.choose_model(settings.model.as_deref(), &key).map_err(Failure::Usage)
     }
 
     /// The model's text side, with the chat template that the settings name in place of its own.
@@ -127,7 +145,7 @@ impl Serving {
     ///
     /// # Errors
     /// The configuration is refused by a component, or the model can't be loaded.
-    pub fn start(setup: &mut Setup, settings: Settings) -> Result<Serving, Failure> {
+    pub fn start(setup: &Setup, settings: Settings) -> Result<Serving, Failure> {
         Serving::start_model(setup, settings, None)
     }
 
@@ -135,16 +153,12 @@ impl Serving {
     ///
     /// # Errors
     /// As [`start`](Serving::start).
-    pub fn start_model(setup: &mut Setup, settings: Settings, name: Option<&str>) -> Result<Serving, Failure> {
+    pub fn start_model(setup: &Setup, settings: Settings, name: Option<&str>) -> Result<Serving, Failure> {
         let started = Instant::now();
         let model = OpenModel::open(&settings, name)?;
         let opened_s = started.elapsed().as_secs_f64();
         let settings = model.choose_component(setup, settings)?;
-        let engine_config: EngineConfig = own(&settings, "engine")?;
-        let kv_config: KvConfig = own(&settings, "kv")?;
-        own::<ParallelConfig>(&settings, "parallel")?;
-        let tenants = Tenants::new(own::<TenantsConfig>(&settings, "tenants")?);
-        let sampling = own::<SamplingConfig>(&settings, "sampling")?.params();
+        let Configs { engine: engine_config, kv: kv_config, tenants, sampling } = Configs::of(&settings)?;
 
         let registries = &setup.registries;
         let scheduler = build(&settings, &registries.schedulers)?;
@@ -206,6 +220,20 @@ impl Serving {
         })
     }
 
+    /// Checks whatever can be told of `settings` before their model is loaded.
+    ///
+    /// # Errors
+    /// [`start`](Serving::start) would refuse them.
+    pub fn check(setup: &Setup, settings: &Settings) -> Result<(), Failure> {
+        let mut settings = settings.clone();
+        if let Some(model) = OpenModel::open_if_here(&settings)? {
+            settings = model.choose_component(setup, settings)?;
+        }
+        Configs::of(&settings)?;
+        let unusable = unusable_components(&settings, &setup.registries).into_iter().next();
+        unusable.map_or(Ok(()), |(_, _, reason)| Err(Failure::Usage(reason)))
+    }
+
     /// What `setu run FLAGS` would start; for tests and benches.
     ///
     /// # Errors
@@ -216,9 +244,7 @@ impl Serving {
         let matches = crate::cli::command(&setup).try_get_matches_from(args).map_err(|error| error.to_string())?;
         let Some((_, matches)) = matches.subcommand() else { return Err("no command".to_owned()) };
         let settings = setup.resolve(matches)?;
-        Serving::start(&mut setup, settings).map_err(|failure| match failure {
-            Failure::Usage(message) | Failure::Failed(message) => message,
-        })
+        Serving::start(&setup, settings).map_err(Failure::into_message)
     }
 
     pub fn engine(&self) -> &Engine {
@@ -401,6 +427,26 @@ impl Serving {
 /// The text of one token, as well as it can be shown alone.
 pub fn piece(tokenizer: &Tokenizer, id: u32) -> String {
     tokenizer.token_bytes(id).map_or_else(|_| String::new(), |bytes| String::from_utf8_lossy(bytes).into_owned())
+}
+
+/// The settings that are not a component's.
+struct Configs {
+    engine: EngineConfig,
+    kv: KvConfig,
+    tenants: Tenants,
+    sampling: SamplingParams,
+}
+
+impl Configs {
+    fn of(settings: &Settings) -> Result<Configs> {
+        own::<ParallelConfig>(settings, "parallel")?;
+        Ok(Configs {
+            engine: own(settings, "engine")?,
+            kv: own(settings, "kv")?,
+            tenants: Tenants::new(own::<TenantsConfig>(settings, "tenants")?),
+            sampling: own::<SamplingConfig>(settings, "sampling")?.params(),
+        })
+    }
 }
 
 /// A section's own settings.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use setu_core::config::Config;
+use setu_core::config::{Config, ConfigEnum};
 use setu_core::sampling::SamplingParams;
 
 /// Settings above the first section.
@@ -27,6 +27,27 @@ pub struct ModelConfig {
     pub max_model_len: Option<u32>,
     /// A file with the chat template to use in place of the checkpoint's.
     pub chat_template: Option<PathBuf>,
+}
+
+/// A further model that `setu serve` offers, by the name in the table's header. Each model is an engine of its own, with its own
+/// components and KV memory.
+///
+/// The first model is the one that `[model]`, a flag or the command line names; where nothing does, it is the first table's.
+/// Requests that name no model get the first.
+#[derive(Config, Debug, Clone, PartialEq)]
+pub struct ServedModelConfig {
+    /// When it is loaded.
+    #[config(default = Load::Start)]
+    pub load: Load,
+}
+
+/// When a model is loaded.
+#[derive(ConfigEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Load {
+    /// Before the server listens.
+    Start,
+    /// Once a request names it; requests that name it meanwhile wait for the same load.
+    FirstUse,
 }
 
 /// How tokens are sampled where a request doesn't say.

@@ -15,13 +15,13 @@ use setu_engine::config::{EngineConfig, KvConfig, ParallelConfig};
 use setu_engine::plugins::{self, PluginOptions, PluginReport};
 
 use crate::config::{
-    ComponentInfo, ConfigFile, EarlyArgs, Layers, Layout, Section, Settings, TypeChoice, chosen_types, early,
-    flags_for, overrides_from, read, resolve, resolve_root, resolve_section,
+    ComponentInfo, ConfigFile, EarlyArgs, Layers, Layout, ModelTables, Section, Settings, TypeChoice, chosen_types,
+    early, flags_for, overrides_from, read, resolve, resolve_model, resolve_root, resolve_section,
 };
 use crate::linked;
 use crate::logging;
 use crate::server::ServerConfig;
-use crate::settings::{LogConfig, ModelConfig, RootConfig, SamplingConfig};
+use crate::settings::{LogConfig, ModelConfig, RootConfig, SamplingConfig, ServedModelConfig};
 use crate::tenants::TenantsConfig;
 
 /// Environment variables with the prefix `SETU_` that are not settings.
@@ -96,13 +96,15 @@ impl Setup {
         resolve(&self.layout, &self.layers).map_err(|report| report.to_string())
     }
 
-    /// Has `key` used as the model component where nobody named one, and resolves again.
+    /// The settings with `key` used as the model component where nobody named one; those of the table `model` of
+    /// `[models]` where one is given.
     ///
     /// # Errors
     /// As [`resolve`](Setup::resolve).
-    pub fn choose_model(&mut self, key: &str) -> Result<Settings, String> {
-        self.layout.choose("model", key);
-        resolve(&self.layout, &self.layers).map_err(|report| report.to_string())
+    pub fn choose_model(&self, model: Option<&str>, key: &str) -> Result<Settings, String> {
+        let mut layout = self.layout.clone();
+        layout.choose("model", key);
+        resolve_model(&layout, &self.layers, model).map_err(|report| report.to_string())
     }
 }
 
@@ -153,7 +155,14 @@ fn layout(registries: &Registries, folders: &[PathBuf], plugins: &PluginReport) 
         Section::fixed("server", ServerConfig::spec()),
         Section::fixed("log", LogConfig::spec()),
     ];
-    layout.reserved = vec![("models".to_owned(), "reserved for serving several models".to_owned())];
+    layout.models = Some(ModelTables {
+        own: ServedModelConfig::spec(),
+        identity: "model".to_owned(),
+        required: "name".to_owned(),
+        overlaid: ["scheduler", "batcher", "backend", "engine", "kv", "parallel", "sampling"]
+            .map(str::to_owned)
+            .to_vec(),
+    });
     layout.other_variables = OTHER_VARIABLES.iter().map(|&name| name.to_owned()).collect();
     layout.searched = folders.iter().map(|folder| folder.display().to_string()).collect();
     layout.rejected =

@@ -19,7 +19,7 @@ use crate::setup::Setup;
 
 const HELP: &str = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer";
 
-pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Result<(), Failure> {
+pub fn main(matches: &ArgMatches, setup: &Setup, settings: Settings) -> Result<(), Failure> {
     if matches.get_flag("json") || matches.get_flag("raw") {
         return Err(Failure::Usage("--json and --raw need a prompt; without one, `setu run` is a chat".to_owned()));
     }

@@ -17,7 +17,7 @@ use crate::serving::{Message, Serving};
 use crate::settings::SamplingConfig;
 use crate::setup::Setup;
 
-pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Result<(), Failure> {
+pub fn main(matches: &ArgMatches, setup: &Setup, settings: Settings) -> Result<(), Failure> {
     let prompt = text_or_stdin(matches.get_one::<String>("prompt").map_or("", String::as_str))?;
     let params = sampling_params(matches, &settings)?;
     let json = matches.get_flag("json");

@@ -16,7 +16,7 @@ use crate::setup::Setup;
 /// Windows computed at the same time.
 const WINDOWS_AT_ONCE: usize = 4;
 
-pub fn main(matches: &ArgMatches, setup: &mut Setup, settings: Settings) -> Result<(), Failure> {
+pub fn main(matches: &ArgMatches, setup: &Setup, settings: Settings) -> Result<(), Failure> {
     let text = read_text(matches)?;
     let window = matches.get_one::<u32>("window").copied().unwrap_or(512) as usize;
     let scored_from = matches.get_one::<u32>("scored-from").map_or(window / 2 + 1, |&from| from as usize);

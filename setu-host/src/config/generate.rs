@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 use setu_core::config::{ConfigSpec, FieldInfo, comment, toml_text};
 
 use super::flags::title;
-use super::layout::{ComponentInfo, Components, Layout, Section, TypeChoice};
+use super::layers::MODELS;
+use super::layout::{ComponentInfo, Components, Layout, ModelTables, Section, TypeChoice};
 use super::resolve::TYPE;
 
 const GENERATED: &str = "<!-- Generated from the doc comments of the config structs; edit those. -->\n\n";
@@ -38,6 +39,12 @@ pub fn example(layout: &Layout) -> String {
                 text += &aside(&format!("{TYPE} = {}\n{}", toml_text(&key.as_str().into()), component.spec.example()));
             }
         }
+    }
+    if let Some(tables) = &layout.models {
+        let _ = write!(text, "\n\n{}", comment(&tables.own.help));
+        let ModelTables { identity, required, .. } = tables;
+        let table = format!("[{MODELS}.big]\n{}\n[{MODELS}.big.{identity}]\n{required} = …", tables.own.example());
+        text += &aside(&table);
     }
     text
 }
@@ -97,8 +104,32 @@ pub fn reference(layout: &Layout) -> BTreeMap<PathBuf, String> {
             pages.insert(Path::new(name).join(format!("{key}.md")), component_page(name, key, component));
         }
     }
+    if let Some(tables) = &layout.models {
+        let _ = writeln!(index, "- [`[{MODELS}.<name>]`]({MODELS}.md): {}", first_sentence(&tables.own.help));
+        pages.insert(format!("{MODELS}.md").into(), models_page(tables));
+    }
     pages.insert("index.md".into(), with_one_newline(index));
     pages
+}
+
+fn models_page(tables: &ModelTables) -> String {
+    let ModelTables { own, identity, required, overlaid } = tables;
+    let mut page = format!("{GENERATED}# `[{MODELS}.<name>]`\n\n{}\n\n", own.help);
+    let _ = write!(page, "`[{MODELS}.<name>.{identity}]` says which model it is, and must give `{required}`; of ");
+    let _ =
+        write!(page, "[`[{identity}]`]({identity}.md) nothing is taken over. Of other sections a model takes what is ");
+    let _ = write!(page, "said of all, with what its own table says laid over it, flags and environment included:\n\n");
+    for section in overlaid {
+        let _ = writeln!(page, "- `[{MODELS}.<name>.{section}]`: see [`[{section}]`]({section}.md)");
+    }
+    let _ = write!(page, "\n```toml\n[{MODELS}.big]\n");
+    for field in &own.fields {
+        let value = field.choices.last().map(|choice| Value::from(choice.name.as_str())).or(field.default.clone());
+        let _ = writeln!(page, "{} = {}", field.name, value.map_or_else(|| "…".to_owned(), |value| toml_text(&value)));
+    }
+    let _ = write!(page, "\n[{MODELS}.big.{identity}]\n{required} = \"./big.gguf\"\n```\n\n");
+    page += &own.reference(&format!("{MODELS}.<name>"), 2);
+    with_one_newline(page)
 }
 
 fn components_list(section: &Section, components: &Components) -> String {
@@ -142,7 +173,10 @@ fn with_one_newline(text: String) -> String {
 pub fn json_schema(layout: &Layout) -> Value {
     let mut properties = layout.root.schema_properties();
     for section in &layout.sections {
-        properties.insert(section.name.clone(), section_schema(section));
+        properties.insert(section.name.clone(), section_schema(section, false));
+    }
+    if let Some(tables) = &layout.models {
+        properties.insert(MODELS.to_owned(), models_schema(layout, tables));
     }
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -153,7 +187,26 @@ pub fn json_schema(layout: &Layout) -> Value {
     })
 }
 
-fn section_schema(section: &Section) -> Value {
+fn models_schema(layout: &Layout, tables: &ModelTables) -> Value {
+    let mut properties = tables.own.schema_properties();
+    for section in layout.model_sections() {
+        let mut schema = section_schema(section, section.name != tables.identity);
+        if section.name == tables.identity {
+            for table in schema["oneOf"].as_array_mut().into_iter().flatten() {
+                let mut required = table["required"].as_array().cloned().unwrap_or_default();
+                required.push(tables.required.as_str().into());
+                table["required"] = required.into();
+            }
+        }
+        properties.insert(section.name.clone(), schema);
+    }
+    let mut table = table_schema(&tables.own.help, properties, false);
+    table["required"] = json!([tables.identity]);
+    json!({"type": "object", "description": tables.own.help, "additionalProperties": table})
+}
+
+/// `inherits`: a table without `type` may be of any component, since another table may have chosen it.
+fn section_schema(section: &Section, inherits: bool) -> Value {
     let Some(components) = &section.components else {
         return table_schema(&section.help, section.own.schema_properties(), false);
     };
@@ -166,10 +219,10 @@ fn section_schema(section: &Section) -> Value {
             properties.extend(section.own.schema_properties());
             properties.extend(component.spec.schema_properties());
             let default = components.choice == TypeChoice::Default(key.clone());
-            table_schema(&component.description, properties, !default)
+            table_schema(&component.description, properties, inherits || !default)
         })
         .collect();
-    if components.choice == TypeChoice::Later {
+    if inherits || components.choice == TypeChoice::Later {
         variants.push(undecided_schema(section));
     }
     json!({"description": section.help, "oneOf": variants})

@@ -7,7 +7,12 @@ use setu_core::config::{ConfigSpec, dotted, environment_name, nearest, shown};
 
 use super::diagnostic::{Diagnostic, Place};
 use super::file::{ConfigFile, Entry, Node, NodeKind};
-use super::layout::{Layout, Section};
+use super::layout::{Layout, ModelTables, Section};
+
+/// The table whose tables are models.
+pub(super) const MODELS: &str = "models";
+/// Each has settings of its own, so that a file of many would take more memory than it is large.
+const MOST_MODELS: usize = 64;
 
 /// What the user gave: the file, then the environment over it, then the flags over both.
 #[derive(Clone, Debug, Default)]
@@ -57,6 +62,8 @@ pub(super) enum Layer {
     File,
     Environment,
     Flag,
+    /// What `[models.<name>]` says of one model wins over what is said of all.
+    ModelTable,
 }
 
 /// One `section.key = value` of one layer.
@@ -68,6 +75,15 @@ pub(super) struct Assignment<'a> {
     pub given: Given<'a>,
     pub key_place: Place,
     pub origin: Origin,
+}
+
+/// A table `[models.<name>]`.
+#[derive(Clone, Debug)]
+pub(super) struct ModelTable<'a> {
+    pub name: String,
+    pub place: Place,
+    /// Those of the table itself have no section.
+    pub assignments: Vec<Assignment<'a>>,
 }
 
 #[derive(Clone, Debug)]
@@ -127,6 +143,101 @@ impl Layers {
     }
 }
 
+impl Layers {
+    /// The tables below `[models]`, in the file's order, and what in them names nothing that exists.
+    pub(super) fn model_tables(&self, layout: &Layout) -> (Vec<ModelTable<'_>>, Vec<Diagnostic>) {
+        let (mut tables, mut problems) = (Vec::new(), Vec::new());
+        let (Some(file), Some(allowed)) = (&self.file, &layout.models) else { return (tables, problems) };
+        let Some(NodeKind::Table(entries)) = file.entry(MODELS).map(|entry| &entry.node.kind) else {
+            return (tables, problems);
+        };
+        if entries.len() > MOST_MODELS {
+            let message = format!("[{MODELS}] has {} tables; at most {MOST_MODELS} models are served", entries.len());
+            problems.push(Diagnostic::error(message).at(Place::File(entries[MOST_MODELS].key_span.clone())));
+            return (tables, problems);
+        }
+        for entry in entries {
+            match &entry.node.kind {
+                NodeKind::Table(settings) => {
+                    tables.push(model_table(file, entry, settings, layout, allowed, &mut problems));
+                }
+                _ => problems.push(no_model_table(file, entry)),
+            }
+        }
+        tables.sort_by_key(|table| match &table.place {
+            Place::File(span) => span.start,
+            _ => 0,
+        });
+        (tables, problems)
+    }
+}
+
+fn no_model_table(file: &ConfigFile, entry: &Entry) -> Diagnostic {
+    let (name, found) = (shown(&entry.key), shown(file.source.slice(entry.node.span.clone())));
+    let message = format!("{MODELS}.{name} must be a table, [{MODELS}.{name}], found {found}");
+    let help = format!("what stands below [{MODELS}] are the names by which requests call models");
+    Diagnostic::error(message).at(Place::File(entry.key_span.clone())).note(help)
+}
+
+fn model_table<'a>(
+    file: &ConfigFile,
+    entry: &'a Entry,
+    settings: &'a [Entry],
+    layout: &Layout,
+    allowed: &ModelTables,
+    problems: &mut Vec<Diagnostic>,
+) -> ModelTable<'a> {
+    let mut assignments = Vec::new();
+    for setting in settings {
+        let key = setting.key.as_str();
+        if allowed.own.field(key).is_some() {
+            assignments.push(assignment(file, Layer::ModelTable, "", setting));
+            continue;
+        }
+        let section = layout.model_sections().find(|section| section.name == key);
+        match (section, &setting.node.kind) {
+            (Some(section), NodeKind::Table(entries)) => {
+                let own = entries.iter().map(|entry| assignment(file, Layer::ModelTable, &section.name, entry));
+                assignments.extend(own);
+            }
+            (Some(section), _) => problems.push(no_table(file, setting, section)),
+            (None, _) => problems.push(unknown_of_model(&entry.key, setting, layout, allowed)),
+        }
+    }
+    let place = Place::File(entry.key_span.clone());
+    if entry.key.trim().is_empty() {
+        problems.push(Diagnostic::error("a model needs a name by which requests call it").at(place.clone()));
+    }
+    ModelTable { name: entry.key.clone(), place, assignments }
+}
+
+fn unknown_of_model(model: &str, setting: &Entry, layout: &Layout, allowed: &ModelTables) -> Diagnostic {
+    let sections = layout.model_sections().map(|section| section.name.as_str());
+    let known: Vec<&str> = allowed.own.fields.iter().map(|field| field.name.as_str()).chain(sections).collect();
+    let (model, key) = (shown(model), setting.key.as_str());
+    let mut message = format!("there is no setting {MODELS}.{model}.{}; known: {}", shown(key), known.join(", "));
+    if let Some(nearest) = nearest(key, known.iter().copied()) {
+        message += &format!("; did you mean {nearest:?}?");
+    }
+    let problem = Diagnostic::error(message).at(Place::File(setting.key_span.clone()));
+    match layout.section(key) {
+        Some(_) => problem.note(format!("[{key}] is of the whole program; a model has none of its own")),
+        None => problem,
+    }
+}
+
+fn assignment<'a>(file: &ConfigFile, layer: Layer, section: &str, entry: &'a Entry) -> Assignment<'a> {
+    let position = file.source.position(entry.node.span.start);
+    Assignment {
+        layer,
+        section: section.to_owned(),
+        key: entry.key.clone(),
+        given: Given::Node(&entry.node),
+        key_place: Place::File(entry.key_span.clone()),
+        origin: Origin::File { name: file.source.name.clone(), line: position.line, column: position.column },
+    }
+}
+
 fn file_entry<'a>(
     file: &ConfigFile,
     entry: &'a Entry,
@@ -134,17 +245,7 @@ fn file_entry<'a>(
     found: &mut Vec<Assignment<'a>>,
     problems: &mut Vec<Diagnostic>,
 ) {
-    let assignment = |section: &str, entry: &'a Entry| {
-        let position = file.source.position(entry.node.span.start);
-        Assignment {
-            layer: Layer::File,
-            section: section.to_owned(),
-            key: entry.key.clone(),
-            given: Given::Node(&entry.node),
-            key_place: Place::File(entry.key_span.clone()),
-            origin: Origin::File { name: file.source.name.clone(), line: position.line, column: position.column },
-        }
-    };
+    let assignment = |section: &str, entry: &'a Entry| assignment(file, Layer::File, section, entry);
     let (name, key_place) = (entry.key.as_str(), Place::File(entry.key_span.clone()));
     if layout.root.field(name).is_some() {
         found.push(assignment("", entry));
@@ -157,12 +258,12 @@ fn file_entry<'a>(
         }
         return;
     }
-    if let Some((_, why)) = layout.reserved.iter().find(|(reserved, _)| reserved == name) {
-        let message = match &entry.node.kind {
-            NodeKind::Table(_) => format!("[{name}] is {why}"),
-            _ => format!("{name} can only be a table: [{name}] is {why}"),
-        };
-        problems.push(Diagnostic::error(message).at(key_place));
+    if name == MODELS && layout.models.is_some() {
+        if !matches!(entry.node.kind, NodeKind::Table(_)) {
+            let found = shown(file.source.slice(entry.node.span.clone()));
+            let message = format!("{MODELS} must be tables, [{MODELS}.<name>], found {found}");
+            problems.push(Diagnostic::error(message).at(Place::File(entry.node.span.clone())));
+        }
         return;
     }
     let sections = layout.sections.iter().map(|section| section.name.as_str());

@@ -15,14 +15,27 @@ pub struct Layout {
     pub root: ConfigSpec,
     /// In the order in which they are shown.
     pub sections: Vec<Section>,
-    /// Tables that may not be used yet: name and the reason.
-    pub reserved: Vec<(String, String)>,
+    /// What may stand below `[models]`; without it there is no such section.
+    pub models: Option<ModelTables>,
     /// Environment variables with the prefix `SETU_` that mean something else.
     pub other_variables: Vec<String>,
     /// Where plugins were looked for.
     pub searched: Vec<String>,
     /// Files that were no usable plugins: path and the reason.
     pub rejected: Vec<(String, String)>,
+}
+
+/// The tables `[models.<name>]`: more models, each with an engine of its own.
+#[derive(Clone, Debug)]
+pub struct ModelTables {
+    /// The settings of such a table itself.
+    pub own: ConfigSpec,
+    /// The section that says which model it is. A table has one of its own, to which the section at the top adds nothing.
+    pub identity: String,
+    /// The setting of that section that must be given.
+    pub required: String,
+    /// The sections of which a table may say what differs for it.
+    pub overlaid: Vec<String>,
 }
 
 /// A table of the file.
@@ -69,7 +82,7 @@ impl Layout {
         Layout {
             root,
             sections: Vec::new(),
-            reserved: Vec::new(),
+            models: None,
             other_variables: Vec::new(),
             searched: Vec::new(),
             rejected: Vec::new(),
@@ -78,6 +91,14 @@ impl Layout {
 
     pub fn section(&self, name: &str) -> Option<&Section> {
         self.sections.iter().find(|section| section.name == name)
+    }
+
+    /// The sections that may stand below `[models.<name>]`.
+    pub fn model_sections(&self) -> impl Iterator<Item = &Section> {
+        let tables = self.models.iter();
+        let belongs =
+            |tables: &ModelTables, name: &str| tables.identity == name || tables.overlaid.iter().any(|own| own == name);
+        tables.flat_map(move |tables| self.sections.iter().filter(move |section| belongs(tables, &section.name)))
     }
 
     /// Decides the component of a section that leaves it for [`Later`](TypeChoice::Later): the
@@ -95,6 +116,9 @@ impl Layout {
     /// A description is wrong, or a component has a setting of the name of one of its section.
     pub fn verify(&self) -> Result<()> {
         self.root.verify()?;
+        if let Some(tables) = &self.models {
+            tables.own.verify().map_err(|error| error.within("[models.<name>]"))?;
+        }
         for section in &self.sections {
             section.own.verify().map_err(|error| error.within(format!("[{}]", section.name)))?;
             for (key, component) in section.components.iter().flat_map(|components| &components.known) {

@@ -7,9 +7,9 @@ use serde_json::Value;
 use setu_core::config::{ConfigSpec, FieldInfo, FieldKind, check_value, dotted, environment_name, nearest, shown};
 
 use super::diagnostic::{Diagnostic, Place, Report, Severity};
-use super::layers::{Assignment, Given, Layer, Layers, Origin};
-use super::layout::{Components, Layout, Section, TypeChoice};
-use super::settings::{Chosen, SectionSettings, Setting, Settings, Table};
+use super::layers::{Assignment, Given, Layer, Layers, MODELS, ModelTable, Origin};
+use super::layout::{Components, Layout, ModelTables, Section, TypeChoice};
+use super::settings::{Chosen, ModelSettings, SectionSettings, Setting, Settings, Table};
 use super::text::text_value;
 
 /// The key that chooses a section's component.
@@ -66,14 +66,35 @@ pub fn chosen_types(layout: &Layout, layers: &Layers) -> BTreeMap<String, String
 /// # Errors
 /// Every problem of every layer, sorted by place.
 pub fn resolve(layout: &Layout, layers: &Layers) -> Result<Settings, Report> {
+    let (assignments, mut problems) = layers.assignments(layout);
+    let (tables, of_tables) = layers.model_tables(layout);
+    problems.extend(of_tables);
+    let mut resolver = Resolver { layers, problems };
+    let settings = resolver.general(layout, &assignments);
+    let models = tables.into_iter().map(|table| resolver.model(layout, table, &assignments)).collect();
+    let (_, warnings) = resolver.finish(())?;
+    Ok(Settings { models, warnings, ..settings })
+}
+
+/// Resolves what one model needs, that of the table `model` of `[models]` or the one at the top, once the program has
+/// chosen the component that [`resolve`] left for later.
+///
+/// # Errors
+/// Every problem of its settings, sorted by place.
+pub fn resolve_model(layout: &Layout, layers: &Layers, model: Option<&str>) -> Result<Settings, Report> {
     let (assignments, problems) = layers.assignments(layout);
     let mut resolver = Resolver { layers, problems };
-    let of = |section: &str| assignments.iter().filter(|a| a.section == section).collect::<Vec<&Assignment<'_>>>();
-    let root = resolver.table("", &layout.root, &of(""));
-    let sections =
-        layout.sections.iter().map(|section| resolver.section(layout, section, &of(&section.name))).collect();
-    let ((root, sections), warnings) = resolver.finish((root, sections))?;
-    Ok(Settings { root, sections, warnings, source: layers.file.as_ref().map(|file| file.source.clone()) })
+    let settings = match model {
+        None => resolver.general(layout, &assignments),
+        Some(name) => {
+            let (tables, _) = layers.model_tables(layout);
+            let table = tables.into_iter().find(|table| table.name == name);
+            let table = table.ok_or_else(|| Diagnostic::error(format!("there is no [{MODELS}.{name}]")))?;
+            resolver.model(layout, table, &assignments).settings
+        }
+    };
+    let (_, warnings) = resolver.finish(())?;
+    Ok(Settings { warnings, ..settings })
 }
 
 struct Resolver<'a> {
@@ -87,6 +108,59 @@ impl Resolver<'_> {
         let failed = self.problems.iter().any(|problem| problem.severity == Severity::Error);
         let report = Report::new(source, self.problems);
         if failed { Err(report) } else { Ok((value, report)) }
+    }
+
+    /// What is said of all models.
+    fn general(&mut self, layout: &Layout, assignments: &[Assignment<'_>]) -> Settings {
+        let of = |section: &str| assignments.iter().filter(|a| a.section == section).collect::<Vec<_>>();
+        let root = self.table("", &layout.root, &of(""));
+        let sections =
+            layout.sections.iter().map(|section| self.section(layout, section, &of(&section.name))).collect();
+        self.settings(root, sections, None)
+    }
+
+    /// What is said of the model of a table: its own words laid over those of all.
+    fn model(&mut self, layout: &Layout, table: ModelTable<'_>, general: &[Assignment<'_>]) -> ModelSettings {
+        let told = std::mem::take(&mut self.problems);
+        let tables = layout.models.as_ref();
+        let is_identity = |section: &str| tables.is_some_and(|tables| tables.identity == section);
+        let own = |section: &str| table.assignments.iter().filter(move |a| a.section == section).collect::<Vec<_>>();
+        let given = |section: &str| {
+            let all = general.iter().filter(|a| a.section == section && !is_identity(section));
+            all.chain(own(section)).collect::<Vec<_>>()
+        };
+        let section = |section: &Section| {
+            let given = given(&section.name);
+            let is_named = |tables: &ModelTables| given.iter().any(|assignment| assignment.key == tables.required);
+            match tables.filter(|tables| tables.identity == section.name && !is_named(tables)) {
+                Some(tables) => {
+                    self.problems.push(nameless(&table, tables));
+                    SectionSettings { name: section.name.clone(), chosen: None, own: Vec::new(), options: Vec::new() }
+                }
+                None => self.section(layout, section, &given),
+            }
+        };
+        let sections = layout.sections.iter().map(section).collect();
+        // What stands in the table itself has no section, as what stands at the top.
+        let root = self.table("", &layout.root, &general.iter().filter(|a| a.section.is_empty()).collect::<Vec<_>>());
+        let name = format!("{MODELS}.{}", shown(&table.name));
+        let own = tables.map_or_else(Vec::new, |tables| self.table(&name, &tables.own, &own("")));
+        let found = std::mem::replace(&mut self.problems, told);
+        for problem in found {
+            // What is said of all models is told once, and what a table leaves of it unused needs no word.
+            let is_of_table = table.assignments.iter().any(|assignment| assignment.key_place == problem.place);
+            let is_news = problem.severity == Severity::Error && !self.problems.contains(&problem);
+            if is_of_table || is_news {
+                self.problems.push(problem);
+            }
+        }
+        let settings = self.settings(root, sections, Some(table.name.clone()));
+        ModelSettings { name: table.name, place: table.place, own, settings }
+    }
+
+    fn settings(&self, root: Table, sections: Vec<SectionSettings>, model: Option<String>) -> Settings {
+        let source = self.layers.file.as_ref().map(|file| file.source.clone());
+        Settings { root, sections, models: Vec::new(), model, warnings: Report::new(None, Vec::new()), source }
     }
 
     fn section(&mut self, layout: &Layout, section: &Section, given: &[&Assignment<'_>]) -> SectionSettings {
@@ -249,6 +323,13 @@ enum Choice {
     Component(Chosen, Option<Layer>),
     Later,
     Wrong,
+}
+
+fn nameless(table: &ModelTable<'_>, tables: &ModelTables) -> Diagnostic {
+    let (name, ModelTables { identity, required, .. }) = (shown(&table.name), tables);
+    let message = format!("{MODELS}.{name}.{identity}.{required} is missing: it says which model is served as {name}");
+    let help = format!("set {required} below [{MODELS}.{name}.{identity}]");
+    Diagnostic::error(message).at(table.place.clone()).note(help)
 }
 
 fn type_text(assignment: &Assignment<'_>) -> Option<String> {

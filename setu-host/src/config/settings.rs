@@ -7,7 +7,7 @@ use setu_core::Result;
 use setu_core::config::{Config, dotted, toml_text};
 
 use super::diagnostic::{Diagnostic, Place, Report};
-use super::layers::Origin;
+use super::layers::{MODELS, Origin};
 use super::resolve::TYPE;
 use super::source::Source;
 
@@ -16,9 +16,26 @@ use super::source::Source;
 pub struct Settings {
     pub root: Table,
     pub sections: Vec<SectionSettings>,
+    /// Those of the models below `[models]`, in the file's order.
+    pub models: Vec<ModelSettings>,
+    /// The table of `[models]` whose settings these are.
+    pub model: Option<String>,
     /// What was accepted and deserves a word: deprecated and unused settings.
     pub warnings: Report,
     pub(super) source: Option<Arc<Source>>,
+}
+
+/// A table `[models.<name>]`.
+#[derive(Clone, Debug)]
+pub struct ModelSettings {
+    /// What requests call the model by.
+    pub name: String,
+    /// Where the name stands.
+    pub place: Place,
+    /// The settings of the table itself.
+    pub own: Table,
+    /// All settings as they are for this model.
+    pub settings: Settings,
 }
 
 /// The settings of one description, in its order; `null` stands for an optional one that nobody set.
@@ -81,6 +98,11 @@ fn json_table(table: &Table) -> Map<String, Value> {
 impl Settings {
     pub fn section(&self, name: &str) -> Option<&SectionSettings> {
         self.sections.iter().find(|section| section.name == name)
+    }
+
+    /// What is wrong with the model `name` of `[models]` as a whole.
+    pub fn model_problem(&self, model: &ModelSettings, message: impl Into<String>) -> Report {
+        Report::new(self.source.clone(), vec![Diagnostic::error(message).at(model.place.clone())])
     }
 
     /// A component's refusal of its settings, placed where the first setting that it names was set.
@@ -149,11 +171,23 @@ impl Settings {
         fn row<'a>(section: &str, (name, setting): &'a (String, Setting)) -> (String, Value, &'a Origin) {
             (dotted(section, name), setting.value.clone(), &setting.origin)
         }
+        fn of_sections(settings: &Settings) -> impl Iterator<Item = (String, Value, &Origin)> {
+            settings.sections.iter().flat_map(|section| {
+                let chosen = section.chosen.iter();
+                let chosen =
+                    chosen.map(|chosen| (dotted(&section.name, TYPE), chosen.key.clone().into(), &chosen.origin));
+                chosen.chain(section.own.iter().chain(&section.options).map(|setting| row(&section.name, setting)))
+            })
+        }
+        let general: Vec<(String, Value, &Origin)> = of_sections(self).collect();
+        // Of a model what differs from what is said of all.
+        let of_models = self.models.iter().flat_map(move |model| {
+            let general = general.clone();
+            let own = model.own.iter().map(|setting| row("", setting));
+            let differs = of_sections(&model.settings).filter(move |row| !general.contains(row));
+            own.chain(differs).map(|(name, value, origin)| (format!("{MODELS}.{}.{name}", model.name), value, origin))
+        });
         let root = self.root.iter().map(|setting| row("", setting));
-        root.chain(self.sections.iter().flat_map(|section| {
-            let chosen = section.chosen.iter();
-            let chosen = chosen.map(|chosen| (dotted(&section.name, TYPE), chosen.key.clone().into(), &chosen.origin));
-            chosen.chain(section.own.iter().chain(&section.options).map(|setting| row(&section.name, setting)))
-        }))
+        root.chain(of_sections(self)).chain(of_models)
     }
 }

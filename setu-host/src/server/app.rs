@@ -10,24 +10,21 @@ use axum::http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, get, post};
-use setu_core::sampling::SamplingParams;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::cors::{Any, CorsLayer};
 
 use super::config::{ServerConfig, UnknownFields};
 use super::error::ApiError;
+use super::served::{ModelSource, Models, Served};
 use super::{chat, completions, metrics, models, openapi, status, text};
-use crate::serving::Serving;
 
 /// Names the fields of a request that nobody knew, where they are only warned of.
 pub const WARNING: HeaderName = HeaderName::from_static("x-setu-warning");
 
 /// The running server.
 pub struct App {
-    pub serving: Serving,
+    pub models: Models,
     pub config: ServerConfig,
-    /// How tokens are sampled where a request doesn't say.
-    pub sampling: SamplingParams,
     pub metrics: metrics::Metrics,
     pub created_s: u64,
     draining: AtomicBool,
@@ -37,11 +34,10 @@ pub struct App {
 }
 
 impl App {
-    pub fn new(serving: Serving, config: ServerConfig) -> App {
+    pub fn new(models: Vec<ModelSource>, config: ServerConfig) -> App {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         App {
-            sampling: serving.sampling().clone(),
-            serving,
+            models: Models::new(models, &config.model_names),
             config,
             metrics: metrics::Metrics::new(),
             created_s: started.as_secs(),
@@ -66,20 +62,12 @@ impl App {
         format!("{prefix}-{:016x}{number:08x}", self.salt)
     }
 
-    /// The model's name, where `asked` is it or one of its others.
+    /// The model called `asked`, or the first, loaded if need be.
     ///
     /// # Errors
-    /// It is another model's.
-    pub fn model<'a>(&'a self, asked: Option<&'a str>) -> Result<&'a str, ApiError> {
-        let own = self.serving.model_name();
-        let Some(asked) = asked else { return Ok(own) };
-        if asked == own || self.config.model_names.iter().any(|name| name == asked) {
-            return Ok(asked);
-        }
-        let names: Vec<&str> = [own].into_iter().chain(self.config.model_names.iter().map(String::as_str)).collect();
-        let message = format!("the model `{asked}` isn't served here; there is {}", names.join(", "));
-        let error = ApiError { status: StatusCode::NOT_FOUND, ..ApiError::invalid("model", message) };
-        Err(error.with_code("model_not_found"))
+    /// There is none of this name, or it can't be loaded.
+    pub async fn model(&self, asked: Option<&str>) -> Result<Served, ApiError> {
+        self.models.serve(asked).await
     }
 
     /// The header that warns of unknown fields.

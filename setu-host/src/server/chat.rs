@@ -24,6 +24,7 @@ use super::shared::{Accepted, Refused, StreamOptions, UsageBody, check as check_
 use super::structured::{self, ResponseFormat};
 use super::{sse, text};
 use crate::request::RequestOptions;
+use crate::serving::Serving;
 
 text_request! {
     /// A conversation that is to be continued.
@@ -241,32 +242,33 @@ struct ChatToken {
 ))]
 pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<ChatRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    let model = app.model(request.model.as_deref())?.to_owned();
+    let served = app.model(request.model.as_deref()).await?;
     request.refuse()?;
-    let params = request.params(&app)?;
+    let params = request.params(&served.serving)?;
     let variables = request.chat_template_kwargs.clone().unwrap_or_default();
-    let prompt = encode_with(&app, &request.messages, variables).await?;
+    let prompt = encode_with(&served.serving, &request.messages, variables).await?;
     let prompt = Prompt { tokens: prompt, only: false };
     let (field, form) = request.form()?;
-    let options = RequestOptions { grammar: structured::check(&app, field, form).await?, ..request.options() };
-    let generation = Generation::start(&app, vec![prompt], &params, &options).await?;
-    let answer = Envelope { id: app.answer_id("chatcmpl"), created: now_s(), model };
+    let grammar = structured::check(&served.serving, field, form).await?;
+    let options = RequestOptions { grammar, ..request.options() };
+    let generation = Generation::start(&served, vec![prompt], &params, &options).await?;
+    let answer = Envelope { id: app.answer_id("chatcmpl"), created: now_s(), model: served.name };
     let response = if request.is_streamed() {
-        sse::response(stream(app.clone(), generation, answer, request.includes_usage()))
+        sse::response(stream(served.serving, generation, answer, request.includes_usage()))
     } else {
         let answers = generation.collect().await?;
-        Json(answer.whole(&app, answers)).into_response()
+        Json(answer.whole(&served.serving, answers)).into_response()
     };
     Ok(app.warned(&unknown, response))
 }
 
 /// Tokens of a conversation, open for an answer.
-pub async fn encode(app: &Arc<App>, messages: &[Object<ChatMessage>]) -> Result<Vec<u32>, ApiError> {
-    encode_with(app, messages, serde_json::Map::new()).await
+pub async fn encode(serving: &Arc<Serving>, messages: &[Object<ChatMessage>]) -> Result<Vec<u32>, ApiError> {
+    encode_with(serving, messages, serde_json::Map::new()).await
 }
 
 async fn encode_with(
-    app: &Arc<App>,
+    serving: &Arc<Serving>,
     messages: &[Object<ChatMessage>],
     variables: serde_json::Map<String, serde_json::Value>,
 ) -> Result<Vec<u32>, ApiError> {
@@ -276,8 +278,8 @@ async fn encode_with(
     let values = messages.iter().enumerate().map(|(index, Object(message))| message.value(index));
     let mut input = ChatInput::new(values.collect::<Result<_, _>>()?);
     input.variables = variables.into_iter().map(|(name, value)| (name, ChatValue::from(value))).collect();
-    let rendering = app.clone();
-    let encoded = text::blocking(move || rendering.serving.encode_input(&input)).await;
+    let serving = serving.clone();
+    let encoded = text::blocking(move || serving.encode_input(&input)).await;
     encoded.map_err(|error| ApiError { param: error.param.or(Some("messages".to_owned())), ..error })
 }
 
@@ -347,8 +349,8 @@ impl ChatRequest {
         }
     }
 
-    fn params(&self, app: &App) -> Result<SamplingParams, ApiError> {
-        let mut params = self.sampling(&app.sampling)?;
+    fn params(&self, serving: &Serving) -> Result<SamplingParams, ApiError> {
+        let mut params = self.sampling(serving.sampling())?;
         if self.max_tokens.is_some() && self.max_completion_tokens.is_some() {
             let message = "give either `max_completion_tokens` or `max_tokens`, which is its older name";
             return Err(ApiError::invalid("max_tokens", message));
@@ -361,7 +363,7 @@ impl ChatRequest {
                 return Err(ApiError::invalid("top_logprobs", "`top_logprobs` needs `logprobs` to be true"));
             }
         };
-        check_params(&params, app.serving.engine().limits().vocab_size)?;
+        check_params(&params, serving.engine().limits().vocab_size)?;
         Ok(params)
     }
 }
@@ -374,12 +376,12 @@ struct Envelope {
 }
 
 impl Envelope {
-    fn whole(self, app: &App, answers: Vec<Answer>) -> ChatBody {
+    fn whole(self, serving: &Serving, answers: Vec<Answer>) -> ChatBody {
         let mut usage = UsageBody::default();
         let choice = |(index, answer): (usize, Answer)| {
             let seed = answer.seed as i64;
             usage.add(&answer.usage, index == 0);
-            let content = answer.logprobs.iter().map(|logprob| chat_logprob(app, logprob)).collect::<Vec<_>>();
+            let content = answer.logprobs.iter().map(|logprob| chat_logprob(serving, logprob)).collect::<Vec<_>>();
             let logprobs = (!content.is_empty()).then_some(ChatLogprobs { content, refusal: None });
             let message = AnswerMessage { role: "assistant", content: answer.text, refusal: None };
             ChatChoice { index, message, logprobs, finish_reason: finish_name(answer.reason.as_ref()), seed }
@@ -397,7 +399,7 @@ impl Envelope {
 }
 
 fn stream(
-    app: Arc<App>,
+    serving: Arc<Serving>,
     generation: Generation,
     answer: Envelope,
     include_usage: bool,
@@ -416,7 +418,7 @@ fn stream(
             let (text, reason) = match event {
                 Event::Prompt(_) => continue,
                 Event::Token(token) => {
-                    waiting[index].extend(token.logprob.iter().map(|logprob| chat_logprob(&app, logprob)));
+                    waiting[index].extend(token.logprob.iter().map(|logprob| chat_logprob(&serving, logprob)));
                     (token.text, None)
                 }
                 Event::Finished(finished) => {
@@ -447,13 +449,13 @@ fn stream(
     }
 }
 
-fn chat_logprob(app: &App, logprob: &TokenLogprob) -> ChatLogprob {
-    let top_logprobs = logprob.top.iter().map(|&(token, logprob)| chat_token(app, token, logprob)).collect();
-    ChatLogprob { token: chat_token(app, logprob.token, logprob.logprob), top_logprobs }
+fn chat_logprob(serving: &Serving, logprob: &TokenLogprob) -> ChatLogprob {
+    let top_logprobs = logprob.top.iter().map(|&(token, logprob)| chat_token(serving, token, logprob)).collect();
+    ChatLogprob { token: chat_token(serving, logprob.token, logprob.logprob), top_logprobs }
 }
 
-fn chat_token(app: &App, token: u32, logprob: f32) -> ChatToken {
-    let bytes = app.serving.tokenizer().token_bytes(token).unwrap_or_default().to_vec();
+fn chat_token(serving: &Serving, token: u32, logprob: f32) -> ChatToken {
+    let bytes = serving.tokenizer().token_bytes(token).unwrap_or_default().to_vec();
     // JSON has no infinities.
-    ChatToken { token: app.serving.piece(token), logprob: logprob.max(f32::MIN), bytes }
+    ChatToken { token: serving.piece(token), logprob: logprob.max(f32::MIN), bytes }
 }

@@ -23,6 +23,7 @@ use super::generation::{Answer, Generation, Prompt, check, finish_name};
 use super::shared::{Refused, StreamOptions, UsageBody, check as check_params, text_request};
 use super::{sse, structured, text};
 use crate::request::RequestOptions;
+use crate::serving::Serving;
 
 /// Longest answer where nobody says, as OpenAI has it.
 const DEFAULT_MAX_TOKENS: u32 = 16;
@@ -98,26 +99,28 @@ struct Logprobs {
 ))]
 pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<CompletionRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    let model = app.model(request.model.as_deref())?.to_owned();
+    let served = app.model(request.model.as_deref()).await?;
+    let serving = &served.serving;
     request.suffix.check("suffix", "text is continued at its end")?;
-    let (params, prompt_only) = request.params(&app)?;
-    let prompts = request.prompts(&app).await?;
+    let (params, prompt_only) = request.params(serving)?;
+    let prompts = request.prompts(&app, serving).await?;
     let echo = request.echo == Some(true);
-    let echoed = if echo { prompts.iter().map(|prompt| prompt.text(&app)).collect::<Result<_, _>>()? } else { vec![] };
+    let echoed =
+        if echo { prompts.iter().map(|prompt| prompt.text(serving)).collect::<Result<_, _>>()? } else { vec![] };
     // What has log-probabilities begins with a token that has none.
     let firsts = prompts.iter().filter(|_| params.prompt_logprobs.is_some());
     let firsts = firsts.map(|prompt| prompt.tokens.first().copied()).collect();
     let prompts = prompts.into_iter().map(|prompt| Prompt { tokens: prompt.tokens, only: prompt_only }).collect();
-    let form = structured::check(&app, "structured_outputs", request.structured()?).await?;
-    let options = RequestOptions { grammar: form, ..request.options() };
-    let generation = Generation::start(&app, prompts, &params, &options).await?;
+    let grammar = structured::check(&served.serving, "structured_outputs", request.structured()?).await?;
+    let options = RequestOptions { grammar, ..request.options() };
+    let generation = Generation::start(&served, prompts, &params, &options).await?;
     let echo = Echo { texts: echoed, firsts, choices: params.n as usize };
-    let answer = Envelope { id: app.answer_id("cmpl"), created: now_s(), model, echo };
+    let answer = Envelope { id: app.answer_id("cmpl"), created: now_s(), model: served.name, echo };
     let response = if request.is_streamed() {
-        sse::response(stream(app.clone(), generation, answer, request.includes_usage()))
+        sse::response(stream(served.serving, generation, answer, request.includes_usage()))
     } else {
         let answers = generation.collect().await?;
-        Json(answer.whole(&app, answers)).into_response()
+        Json(answer.whole(serving, answers)).into_response()
     };
     Ok(app.warned(&unknown, response))
 }
@@ -129,18 +132,18 @@ struct Given {
 }
 
 impl Given {
-    fn text(&self, app: &App) -> Result<String, ApiError> {
+    fn text(&self, serving: &Serving) -> Result<String, ApiError> {
         match &self.text {
             Some(text) => Ok(text.clone()),
-            None => text::decode(app, &self.tokens),
+            None => text::decode(serving, &self.tokens),
         }
     }
 }
 
 impl CompletionRequest {
     /// How to sample, and whether prompts are only read.
-    fn params(&self, app: &App) -> Result<(SamplingParams, bool), ApiError> {
-        let mut params = self.sampling(&app.sampling)?;
+    fn params(&self, serving: &Serving) -> Result<(SamplingParams, bool), ApiError> {
+        let mut params = self.sampling(serving.sampling())?;
         let echo = self.echo == Some(true);
         params.max_tokens = self.max_tokens.or(params.max_tokens).or(Some(DEFAULT_MAX_TOKENS));
         params.logprobs = self.logprobs;
@@ -157,11 +160,11 @@ impl CompletionRequest {
             let message = "all answers that are generated are returned: leave `best_of` out, or ask for as many by `n`";
             return Err(ApiError::invalid("best_of", message));
         }
-        check_params(&params, app.serving.engine().limits().vocab_size)?;
+        check_params(&params, serving.engine().limits().vocab_size)?;
         Ok((params, prompt_only))
     }
 
-    async fn prompts(&self, app: &Arc<App>) -> Result<Vec<Given>, ApiError> {
+    async fn prompts(&self, app: &App, serving: &Arc<Serving>) -> Result<Vec<Given>, ApiError> {
         let most = app.config.max_prompts as usize;
         let count = match &self.prompt {
             Prompts::Texts(texts) => texts.len(),
@@ -185,7 +188,7 @@ impl CompletionRequest {
             Prompts::Texts(texts) => {
                 let mut given = Vec::with_capacity(count);
                 for text in texts {
-                    let tokens = text::encode(app, text.clone(), options).await?;
+                    let tokens = text::encode(serving, text.clone(), options).await?;
                     given.push(Given { text: Some(text.clone()), tokens });
                 }
                 Ok(given)
@@ -225,15 +228,15 @@ struct Envelope {
 }
 
 impl Envelope {
-    fn whole(self, app: &App, answers: Vec<Answer>) -> CompletionBody {
+    fn whole(self, serving: &Serving, answers: Vec<Answer>) -> CompletionBody {
         let mut usage = UsageBody::default();
         let choice = |(index, answer): (usize, Answer)| {
             usage.add(&answer.usage, index % self.echo.choices == 0);
             let mut logprobs = Logprobs::default();
             if let Some(first) = self.echo.first_token(index) {
-                logprobs.push_first(app, first);
+                logprobs.push_first(serving, first);
             }
-            answer.prompt_logprobs.iter().chain(&answer.logprobs).for_each(|logprob| logprobs.push(app, logprob));
+            answer.prompt_logprobs.iter().chain(&answer.logprobs).for_each(|logprob| logprobs.push(serving, logprob));
             let text = self.echo.text(index).to_owned() + &answer.text;
             let finish_reason = Some(finish_name(answer.reason.as_ref()));
             CompletionChoice { index, text, logprobs: logprobs.if_any(), finish_reason, seed: Some(answer.seed as i64) }
@@ -253,7 +256,7 @@ impl Envelope {
 }
 
 fn stream(
-    app: Arc<App>,
+    serving: Arc<Serving>,
     generation: Generation,
     answer: Envelope,
     include_usage: bool,
@@ -265,7 +268,7 @@ fn stream(
         for (index, waiting) in waiting.iter_mut().enumerate() {
             match answer.echo.first_token(index) {
                 // Its text comes with its log-probabilities.
-                Some(first) => waiting.push_first(&app, first),
+                Some(first) => waiting.push_first(&serving, first),
                 None if answer.echo.text(index).is_empty() => {}
                 None => yield sse::data(&answer.chunk(index, answer.echo.text(index).to_owned(), None)),
             }
@@ -274,12 +277,12 @@ fn stream(
             let waiting = &mut waiting[index];
             let (text, reason) = match event {
                 Event::Prompt(logprobs) => {
-                    logprobs.iter().for_each(|logprob| waiting.push(&app, logprob));
+                    logprobs.iter().for_each(|logprob| waiting.push(&serving, logprob));
                     (answer.echo.text(index).to_owned(), None)
                 }
                 Event::Token(token) => {
                     if let Some(logprob) = &token.logprob {
-                        waiting.push(&app, logprob);
+                        waiting.push(&serving, logprob);
                     }
                     (token.text, None)
                 }
@@ -308,19 +311,19 @@ fn stream(
 
 impl Logprobs {
     /// The first token of a prompt, which nothing predicted.
-    fn push_first(&mut self, app: &App, token: u32) {
-        self.push_token(app.serving.piece(token), None, None);
+    fn push_first(&mut self, serving: &Serving, token: u32) {
+        self.push_token(serving.piece(token), None, None);
     }
 
-    fn push(&mut self, app: &App, logprob: &TokenLogprob) {
+    fn push(&mut self, serving: &Serving, logprob: &TokenLogprob) {
         // JSON has no infinities.
         let finite = |logprob: f32| logprob.max(f32::MIN);
         let mut top = BTreeMap::new();
         for &(token, logprob) in &logprob.top {
             // Two tokens can have the same text; the likelier comes first.
-            top.entry(app.serving.piece(token)).or_insert(finite(logprob));
+            top.entry(serving.piece(token)).or_insert(finite(logprob));
         }
-        self.push_token(app.serving.piece(logprob.token), Some(finite(logprob.logprob)), Some(top));
+        self.push_token(serving.piece(logprob.token), Some(finite(logprob.logprob)), Some(top));
     }
 
     fn push_token(&mut self, text: String, logprob: Option<f32>, top: Option<BTreeMap<String, f32>>) {

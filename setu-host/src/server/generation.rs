@@ -5,9 +5,9 @@ use setu_core::sampling::SamplingParams;
 use setu_engine::{Event, FinishReason, Handle, TokenLogprob, Usage};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 
-use super::app::App;
 use super::error::ApiError;
 use super::metrics::Watch;
+use super::served::Served;
 use crate::request::RequestOptions;
 
 /// A prompt's tokens, and whether they are only read.
@@ -35,12 +35,12 @@ impl Generation {
     /// # Errors
     /// The request is invalid, or was turned away.
     pub async fn start(
-        app: &App,
+        served: &Served,
         prompts: Vec<Prompt>,
         params: &SamplingParams,
         options: &RequestOptions,
     ) -> Result<Generation, ApiError> {
-        let watch = Watch::new(app.serving.tenants().label(options.tenant.as_deref()));
+        let watch = Watch::new(served, options);
         let (sender, events) = mpsc::unbounded_channel();
         let mut handles = Vec::new();
         for prompt in prompts {
@@ -51,7 +51,7 @@ impl Generation {
                     Box::new(move |event: Event| sender.send((index, event)).is_ok());
                 sink
             };
-            handles.extend(app.serving.add_with(prompt.tokens, prompt.only, params.clone(), options, sink)?);
+            handles.extend(served.serving.add_with(prompt.tokens, prompt.only, params.clone(), options, sink)?);
         }
         let unfinished = handles.len();
         let mut generation = Generation { handles, events, first: None, unfinished, watch };

@@ -2,18 +2,23 @@
 //! that its dashboards need another prefix and no more.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{SharedString, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use setu_engine::{Event, FinishReason, Finished, Stats};
+use setu_engine::{Event, FinishReason, Finished, Health, Stats};
 
 use super::app::App;
 use super::error::{ApiError, ErrorBody};
+use super::served::Served;
 use super::text::blocking;
+use crate::request::RequestOptions;
+
+/// A turn of the engine that takes longer is not waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Bounds of histograms of times in seconds.
 const SECONDS: [f64; 18] =
@@ -34,8 +39,8 @@ impl Metrics {
         Metrics { handle: HANDLE.get_or_init(install).clone() }
     }
 
-    fn render(&self, stats: &Stats) -> String {
-        take(stats);
+    fn render(&self, stats: &[(Arc<str>, Stats)]) -> String {
+        stats.iter().for_each(|(model, stats)| take(model, stats));
         self.handle.run_upkeep();
         self.handle.render()
     }
@@ -86,42 +91,47 @@ fn describe() {
 }
 
 /// Takes what the engine counts over.
-fn take(stats: &Stats) {
-    gauge!("setu_num_requests_running").set(stats.running);
-    gauge!("setu_num_requests_waiting").set(stats.waiting);
+fn take(model: &Arc<str>, stats: &Stats) {
+    let model = || SharedString::from(model.clone());
+    gauge!("setu_num_requests_running", "model_name" => model()).set(stats.running);
+    gauge!("setu_num_requests_waiting", "model_name" => model()).set(stats.waiting);
     let pages = f64::from(stats.kv_pages_total.max(1));
-    gauge!("setu_kv_cache_usage_perc").set(f64::from(stats.kv_pages_used) / pages);
-    counter!("setu_prefix_cache_hits_total").absolute(stats.prefix_hit_tokens);
-    counter!("setu_num_preemptions_total").absolute(stats.preemptions);
-    counter!("setu_prefill_tokens_total").absolute(stats.prefill_tokens);
-    counter!("setu_decode_tokens_total").absolute(stats.decode_tokens);
-    counter!("setu_steps_total").absolute(stats.steps);
+    gauge!("setu_kv_cache_usage_perc", "model_name" => model()).set(f64::from(stats.kv_pages_used) / pages);
+    counter!("setu_prefix_cache_hits_total", "model_name" => model()).absolute(stats.prefix_hit_tokens);
+    counter!("setu_num_preemptions_total", "model_name" => model()).absolute(stats.preemptions);
+    counter!("setu_prefill_tokens_total", "model_name" => model()).absolute(stats.prefill_tokens);
+    counter!("setu_decode_tokens_total", "model_name" => model()).absolute(stats.decode_tokens);
+    counter!("setu_steps_total", "model_name" => model()).absolute(stats.steps);
     // The facade's counters are whole numbers, and these are times that only grow.
-    gauge!("setu_backend_seconds_total").set(stats.backend_s);
-    gauge!("setu_engine_seconds_total").set(stats.engine_s);
+    gauge!("setu_backend_seconds_total", "model_name" => model()).set(stats.backend_s);
+    gauge!("setu_engine_seconds_total", "model_name" => model()).set(stats.engine_s);
     let component = |kind: &'static str, name: &str, seconds: f64| {
-        gauge!("setu_component_seconds_total", "kind" => kind, "component" => name.to_owned()).set(seconds);
+        gauge!("setu_component_seconds_total", "model_name" => model(), "kind" => kind, "component" => name.to_owned())
+            .set(seconds);
     };
     component("scheduler", &stats.scheduler, stats.scheduler_s);
     component("batcher", &stats.batcher, stats.batcher_s);
     let mut faults: std::collections::BTreeMap<&str, u64> = std::collections::BTreeMap::new();
     stats.faults.iter().for_each(|fault| *faults.entry(&fault.component).or_default() += 1);
     for (name, count) in faults {
-        counter!("setu_component_faults_total", "component" => name.to_owned()).absolute(count);
+        counter!("setu_component_faults_total", "model_name" => model(), "component" => name.to_owned())
+            .absolute(count);
     }
 }
 
 /// Observes the sessions of one request.
 #[derive(Debug)]
 pub struct Watch {
-    tenant: String,
+    model: Arc<str>,
+    tenant: Arc<str>,
     last: Vec<Option<Instant>>,
 }
 
 impl Watch {
-    /// `tenant` labels what is counted: one of few.
-    pub fn new(tenant: &str) -> Watch {
-        Watch { tenant: tenant.to_owned(), last: Vec::new() }
+    /// Model and tenant label what is counted; there are few of each.
+    pub fn new(served: &Served, options: &RequestOptions) -> Watch {
+        let tenant = served.serving.tenants().label(options.tenant.as_deref());
+        Watch { model: served.model.clone(), tenant: tenant.into(), last: Vec::new() }
     }
 
     pub fn saw(&mut self, index: usize, event: &Event) {
@@ -141,7 +151,7 @@ impl Watch {
     }
 
     fn ended(&self, finished: &Finished) {
-        let tenant = || self.tenant.clone();
+        let (model, tenant) = (|| SharedString::from(self.model.clone()), || SharedString::from(self.tenant.clone()));
         let outcome = match &finished.reason {
             FinishReason::Stop(_) => Ok("stop"),
             FinishReason::Length => Ok("length"),
@@ -151,18 +161,23 @@ impl Watch {
         };
         match outcome {
             Ok(how) => {
-                counter!("setu_request_success_total", "finished_reason" => how, "tenant" => tenant()).increment(1);
+                counter!("setu_request_success_total", "finished_reason" => how, "model_name" => model(), "tenant" => tenant()).increment(1);
             }
             Err(why) => {
-                counter!("setu_request_failure_total", "reason" => why, "tenant" => tenant()).increment(1);
+                counter!("setu_request_failure_total", "reason" => why, "model_name" => model(), "tenant" => tenant())
+                    .increment(1);
                 return;
             }
         }
         let (usage, timing) = (&finished.usage, &finished.timing);
-        counter!("setu_prompt_tokens_total", "tenant" => tenant()).increment(usage.prompt_tokens.into());
-        counter!("setu_generation_tokens_total", "tenant" => tenant()).increment(usage.generated_tokens.into());
-        histogram!("setu_request_prompt_tokens", "tenant" => tenant()).record(usage.prompt_tokens);
-        histogram!("setu_request_generation_tokens", "tenant" => tenant()).record(usage.generated_tokens);
+        counter!("setu_prompt_tokens_total", "model_name" => model(), "tenant" => tenant())
+            .increment(usage.prompt_tokens.into());
+        counter!("setu_generation_tokens_total", "model_name" => model(), "tenant" => tenant())
+            .increment(usage.generated_tokens.into());
+        histogram!("setu_request_prompt_tokens", "model_name" => model(), "tenant" => tenant())
+            .record(usage.prompt_tokens);
+        histogram!("setu_request_generation_tokens", "model_name" => model(), "tenant" => tenant())
+            .record(usage.generated_tokens);
         self.seconds("setu_request_queue_time_seconds", timing.run_s);
         self.seconds("setu_time_to_first_token_seconds", timing.first_token_s);
         self.seconds("setu_request_prefill_time_seconds", timing.first_token_s - timing.run_s);
@@ -173,7 +188,8 @@ impl Watch {
     /// Records a time, where what it is the time of happened.
     fn seconds(&self, name: &'static str, seconds: f64) {
         if seconds.is_finite() {
-            histogram!(name, "tenant" => self.tenant.clone()).record(seconds);
+            let (model, tenant) = (SharedString::from(self.model.clone()), SharedString::from(self.tenant.clone()));
+            histogram!(name, "model_name" => model, "tenant" => tenant).record(seconds);
         }
     }
 }
@@ -183,8 +199,12 @@ impl Watch {
     (status = 200, body = String, content_type = "text/plain"), (status = 500, body = ErrorBody)
 ))]
 pub async fn render(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    let asking = app.clone();
-    let stats = blocking(move || asking.serving.engine().stats()).await?;
+    // One that hangs isn't waited for: what it last said stands.
+    let asked = app.models.loaded().into_iter().filter(|(_, serving)| serving.engine().health(PATIENCE) == Health::Ok);
+    let asked = asked.map(|(name, serving)| async move {
+        blocking(move || serving.engine().stats()).await.map(|stats| (name, stats))
+    });
+    let stats = futures_util::future::try_join_all(asked).await?;
     let headers = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
     Ok((headers, app.metrics.render(&stats)).into_response())
 }

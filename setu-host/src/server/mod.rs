@@ -20,6 +20,7 @@ mod generation;
 mod metrics;
 mod models;
 mod openapi;
+mod served;
 mod shared;
 mod sse;
 mod status;
@@ -37,9 +38,9 @@ pub use app::router;
 pub use config::{ServerConfig, UnknownFields};
 pub use fields::markdown;
 pub use openapi::document;
+pub use served::{Loader, ModelSource, Source};
 
 use crate::cli::Failure;
-use crate::serving::Serving;
 use app::App;
 
 /// Serves until `stop` is ready, then lets running requests end for as long as the configuration says.
@@ -47,7 +48,7 @@ use app::App;
 /// # Errors
 /// The address can't be listened on.
 pub fn serve(
-    serving: Serving,
+    models: Vec<ModelSource>,
     config: ServerConfig,
     on_listening: impl FnOnce(SocketAddr),
     stop: impl Future<Output = ()> + Send + 'static,
@@ -65,7 +66,7 @@ pub fn serve(
         let listener = TcpListener::bind(&address).await;
         let listener = listener.map_err(|error| failed(&format!("{address} can't be listened on"), error))?;
         on_listening(listener.local_addr().map_err(|error| failed("the address can't be read", error))?);
-        let app = Arc::new(App::new(serving, config));
+        let app = Arc::new(App::new(models, config));
         let (draining, drained) = (app.clone(), tokio::sync::Notify::new());
         let drained = Arc::new(drained);
         let begun = drained.clone();

@@ -109,7 +109,7 @@ macro_rules! text_request {
         #[serde(deny_unknown_fields)]
         pub struct $name {
             $($own)*
-            /// The model's name; without it the one that is served.
+            /// The model's name; without it the first that is served.
             #[serde(default)]
             pub model: Option<String>,
             /// 0 takes the likeliest token; higher is more varied. Without it what `[sampling]` says, as for all that follow.

@@ -28,20 +28,25 @@ pub struct VersionBody {
     version: &'static str,
 }
 
-/// Whether the engine makes progress.
+/// Whether the engine of every model that is loaded makes progress.
 #[utoipa::path(get, path = "/health", responses(
     (status = 200, body = StatusBody), (status = 503, body = super::error::ErrorBody)
 ))]
 pub async fn health(State(app): State<Arc<App>>) -> Result<Json<StatusBody>, ApiError> {
     let unavailable = |message: String| ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message);
-    match app.serving.engine().health(PATIENCE) {
-        Health::Ok => Ok(Json(StatusBody { status: "ok" })),
-        Health::Hanging { seconds } => Err(unavailable(format!("the engine has hung for {seconds:.0} s"))),
-        Health::Stopped => Err(unavailable("the engine has stopped".to_owned())),
+    for (name, serving) in app.models.loaded() {
+        match serving.engine().health(PATIENCE) {
+            Health::Ok => {}
+            Health::Hanging { seconds } => {
+                return Err(unavailable(format!("the engine of {name} has hung for {seconds:.0} s")));
+            }
+            Health::Stopped => return Err(unavailable(format!("the engine of {name} has stopped"))),
+        }
     }
+    Ok(Json(StatusBody { status: "ok" }))
 }
 
-/// Whether requests are welcome: the engine makes progress, and the server isn't about to stop.
+/// Whether requests are welcome: the engines make progress, and the server isn't about to stop.
 #[utoipa::path(get, path = "/ready", responses(
     (status = 200, body = StatusBody), (status = 503, body = super::error::ErrorBody)
 ))]

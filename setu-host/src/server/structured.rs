@@ -7,10 +7,10 @@ use serde_json::Value;
 use setu_engine::grammar::Grammar;
 use utoipa::ToSchema;
 
-use super::app::App;
 use super::content::Object;
 use super::error::ApiError;
 use super::text::blocking;
+use crate::serving::Serving;
 
 /// The form of an answer, as OpenAI's clients ask for it.
 #[derive(Clone, Debug, Deserialize, ToSchema)]
@@ -116,10 +116,10 @@ impl StructuredOutputs {
 ///
 /// # Errors
 /// The grammar is refused.
-pub async fn check(app: &Arc<App>, param: &str, grammar: Option<Grammar>) -> Result<Option<Grammar>, ApiError> {
+pub async fn check(serving: &Arc<Serving>, param: &str, grammar: Option<Grammar>) -> Result<Option<Grammar>, ApiError> {
     let Some(grammar) = grammar else { return Ok(None) };
-    let compiling = (app.clone(), grammar.clone());
-    let compiled = blocking(move || compiling.0.serving.grammar(&compiling.1)).await;
+    let compiling = (serving.clone(), grammar.clone());
+    let compiled = blocking(move || compiling.0.grammar(&compiling.1)).await;
     match compiled {
         Ok(_) => Ok(Some(grammar)),
         Err(error) => Err(ApiError { param: Some(param.to_owned()), ..error }),

@@ -16,12 +16,13 @@ use super::body;
 use super::chat::{self, ChatMessage};
 use super::content::Object;
 use super::error::{ApiError, ErrorBody};
+use crate::serving::Serving;
 
 /// A text or a conversation whose tokens are asked for.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizeRequest {
-    /// The model's name; without it the one that is served.
+    /// The model's name; without it the first that is served.
     #[serde(default)]
     pub model: Option<String>,
     /// The text; either this or `messages`.
@@ -52,7 +53,7 @@ pub struct TokenizeBody {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DetokenizeRequest {
-    /// The model's name; without it the one that is served.
+    /// The model's name; without it the first that is served.
     #[serde(default)]
     pub model: Option<String>,
     /// The tokens.
@@ -71,22 +72,22 @@ pub struct DetokenizeBody {
 ))]
 pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<TokenizeRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    app.model(request.model.as_deref())?;
+    let served = app.model(request.model.as_deref()).await?;
     let tokens = match (request.prompt, &request.messages) {
         (Some(text), None) => {
             let add_special = request.add_special_tokens.unwrap_or(true);
-            encode(&app, text, EncodeOptions { add_special, parse_special: true }).await?
+            encode(&served.serving, text, EncodeOptions { add_special, parse_special: true }).await?
         }
         (None, Some(_)) if request.add_special_tokens.is_some() => {
             let message = "the chat template adds what `messages` need: leave `add_special_tokens` out";
             return Err(ApiError::invalid("add_special_tokens", message));
         }
-        (None, Some(messages)) => chat::encode(&app, messages).await?,
+        (None, Some(messages)) => chat::encode(&served.serving, messages).await?,
         _ => return Err(ApiError::invalid("prompt", "give either `prompt` or `messages`")),
     };
-    let piece = |&token: &u32| app.serving.piece(token);
+    let piece = |&token: &u32| served.serving.piece(token);
     let token_strs = (request.return_token_strs == Some(true)).then(|| tokens.iter().map(piece).collect());
-    let max_model_len = app.serving.engine().limits().max_model_len;
+    let max_model_len = served.serving.engine().limits().max_model_len;
     let body = TokenizeBody { count: tokens.len(), tokens, max_model_len, token_strs };
     Ok(app.warned(&unknown, Json(body).into_response()))
 }
@@ -97,20 +98,20 @@ pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, bytes: By
 ))]
 pub async fn detokenize(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<DetokenizeRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    app.model(request.model.as_deref())?;
-    let prompt = decode(&app, &request.tokens)?;
+    let served = app.model(request.model.as_deref()).await?;
+    let prompt = decode(&served.serving, &request.tokens)?;
     Ok(app.warned(&unknown, Json(DetokenizeBody { prompt }).into_response()))
 }
 
 /// Tokens of a text, found beside the threads that serve.
-pub async fn encode(app: &Arc<App>, text: String, options: EncodeOptions) -> Result<Vec<u32>, ApiError> {
-    let app = app.clone();
-    blocking(move || app.serving.tokenizer().encode(&text, options)).await
+pub async fn encode(serving: &Arc<Serving>, text: String, options: EncodeOptions) -> Result<Vec<u32>, ApiError> {
+    let serving = serving.clone();
+    blocking(move || serving.tokenizer().encode(&text, options)).await
 }
 
 /// Text of tokens.
-pub fn decode(app: &App, tokens: &[u32]) -> Result<String, ApiError> {
-    let decoded = app.serving.decode(tokens);
+pub fn decode(serving: &Serving, tokens: &[u32]) -> Result<String, ApiError> {
+    let decoded = serving.decode(tokens);
     decoded.map_err(|error| ApiError { param: Some("tokens".to_owned()), ..error.into() })
 }
 

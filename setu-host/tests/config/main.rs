@@ -4,5 +4,6 @@ mod flags;
 mod generated;
 mod hostile;
 mod layering;
+mod models;
 mod refusals;
 mod toys;

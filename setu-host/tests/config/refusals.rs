@@ -154,18 +154,59 @@ setu.toml:2:1: engine must be a table, [engine], found [[engine]]
     | ^^^^^^^^^^",
         ),
         (
-            "[models.small]\nname = \"x\"",
-            "\
-setu.toml:2:2: [models] is reserved for serving several models; use [model]
-  2 | [models.small]
-    |  ^^^^^^",
-        ),
-        (
             "models = 2",
             "\
-setu.toml:2:1: models can only be a table: [models] is reserved for serving several models; use [model]
+setu.toml:2:10: models must be tables, [models.<name>], found 2
   2 | models = 2
-    | ^^^^^^",
+    |          ^",
+        ),
+        (
+            "models.small = \"x\"",
+            "\
+setu.toml:2:8: models.small must be a table, [models.small], found \"x\"
+  2 | models.small = \"x\"
+    |        ^^^^^
+  note: what stands below [models] are the names by which requests call models",
+        ),
+        (
+            "[models.small]\nlaod = \"start\"\nmodel.name = \"x\"",
+            "\
+setu.toml:3:1: there is no setting models.small.laod; known: load, model, engine, scheduler; did you mean \"load\"?
+  3 | laod = \"start\"
+    | ^^^^",
+        ),
+        (
+            "[models.small.engine]\nseed = 1",
+            "\
+setu.toml:2:9: models.small.model.name is missing: it says which model is served as small
+  2 | [models.small.engine]
+    |         ^^^^^
+  note: set name below [models.small.model]",
+        ),
+        (
+            "[models.small]\nload = \"later\"\nmodel = { name = \"x\", dtype = \"fp32\" }",
+            "\
+setu.toml:3:8: models.small.load must be one of \"start\", \"first_use\", found \"later\"
+  3 | load = \"later\"
+    |        ^^^^^^^
+setu.toml:4:31: model.dtype must be one of \"auto\", \"f32\", \"bf16\", found \"fp32\"; did you mean \"f32\"?
+  4 | model = { name = \"x\", dtype = \"fp32\" }
+    |                               ^^^^^^",
+        ),
+        (
+            "[models.small]\nmodel.name = \"x\"\nscheduler.preempt = true",
+            "\
+setu.toml:4:11: scheduler.preempt is a setting of scheduler \"priority\", and the scheduler is \"fcfs\" (default)
+  4 | scheduler.preempt = true
+    |           ^^^^^^^",
+        ),
+        // What is wrong for all models is told once.
+        (
+            "[engine]\nseed = -1\n[models.a.model]\nname = \"x\"\n[models.b.model]\nname = \"y\"",
+            "\
+setu.toml:3:8: engine.seed must be an integer between 0 and 18446744073709551615, found -1
+  3 | seed = -1
+    |        ^^",
         ),
         // Components.
         (

@@ -2,7 +2,7 @@
 
 use setu_core::config::{Config, ConfigEnum, ConfigSpec};
 use setu_host::config::{
-    ComponentInfo, ConfigFile, Layers, Layout, Override, Report, Section, Settings, Source, TypeChoice,
+    ComponentInfo, ConfigFile, Layers, Layout, ModelTables, Override, Report, Section, Settings, Source, TypeChoice,
 };
 
 /// The top of the file.
@@ -96,6 +96,14 @@ pub struct Model {
     pub dtype: String,
 }
 
+/// A further model.
+#[derive(Config, Debug, PartialEq)]
+pub struct Served {
+    /// When it is loaded.
+    #[config(default = "start", choices = ["start", "first_use"])]
+    pub load: String,
+}
+
 /// The Llama family.
 #[derive(Config, Debug, PartialEq)]
 pub struct Llama {
@@ -122,7 +130,12 @@ pub fn layout() -> Layout {
             .with("fcfs", component("First come, first served.", "built in", Fcfs::spec()))
             .with("priority", component("Highest priority first.", "plugins/libpriority.so", from_plugin)),
     ];
-    layout.reserved = vec![("models".into(), "reserved for serving several models; use [model]".into())];
+    layout.models = Some(ModelTables {
+        own: Served::spec(),
+        identity: "model".into(),
+        required: "name".into(),
+        overlaid: vec!["engine".into(), "scheduler".into()],
+    });
     layout.other_variables = vec!["SETU_UPDATE".into(), "SETU_CONFIG".into()];
     layout.searched = vec!["plugins".into()];
     layout.rejected = vec![("plugins/notes.txt".into(), "not an ELF file".into())];
