@@ -15,6 +15,7 @@ use setu_core::{Error, Result};
 
 use crate::clock::Clock;
 use crate::core::{Core, Parts, Settings, Turn};
+use crate::live::{Look, Watch};
 use crate::request::{Arrival, Event, EventSink, Limits, Request};
 use crate::stats::Stats;
 use crate::trace::Tracer;
@@ -51,7 +52,7 @@ pub struct Session {
     events: Receiver<Event>,
 }
 
-enum Command {
+pub(crate) enum Command {
     Add(Vec<Arrival>),
     Abort(SessionId),
     SwapScheduler(String, Box<dyn Scheduler>),
@@ -60,6 +61,8 @@ enum Command {
     ClearPrefixCache,
     SetTracer(Option<Tracer>),
     Stats(Sender<Stats>),
+    Watch(bool),
+    Look(Look),
     Stop,
 }
 
@@ -261,6 +264,14 @@ impl Engine {
         receiver.recv().map_err(|_| stopped())
     }
 
+    /// Has the engine keep its latest steps for whoever looks at it, until the watch is dropped.
+    ///
+    /// # Errors
+    /// The engine has stopped.
+    pub fn watch(&self) -> Result<Watch> {
+        Watch::new(self.commands.clone())
+    }
+
     /// Whether the engine makes progress; `Hanging` once a turn takes longer than `patience`.
     pub fn health(&self, patience: Duration) -> Health {
         if self.stopped.load(Ordering::Acquire) {
@@ -329,7 +340,7 @@ impl Drop for Handle {
     }
 }
 
-fn stopped() -> Error {
+pub(crate) fn stopped() -> Error {
     Error::internal("the engine has stopped")
 }
 
@@ -390,6 +401,8 @@ fn obey(core: &mut Core, command: Command) -> bool {
         Command::PreemptAll => core.preempt_all(),
         Command::ClearPrefixCache => core.clear_prefix_cache(),
         Command::SetTracer(tracer) => core.set_tracer(tracer),
+        Command::Watch(begins) => core.watch(begins),
+        Command::Look(look) => core.look(look),
         Command::Stats(reply) => drop(reply.send(core.stats().clone())),
         Command::Stop => return false,
     }

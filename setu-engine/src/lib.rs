@@ -13,6 +13,7 @@ pub mod engine;
 pub mod grammar;
 mod guard;
 pub mod kv;
+pub mod live;
 pub mod load;
 pub mod model_text;
 pub mod plugins;

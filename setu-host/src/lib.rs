@@ -6,6 +6,7 @@
 
 pub mod cli;
 mod commands;
+pub mod components;
 pub mod config;
 pub mod linked;
 pub mod logging;

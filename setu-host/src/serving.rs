@@ -19,6 +19,7 @@ use setu_engine::text::{
 use setu_engine::{Engine, EventSink, Guarded, Handle, Health, ModelText, Request, Session, TextSink, load};
 
 use crate::cli::Failure;
+use crate::components::{self, ComponentInUse};
 use crate::config::Settings;
 use crate::linked;
 use crate::models::{Console, ModelName, ResolvedModel, Silent, Store, StoreOptions};
@@ -135,6 +136,7 @@ pub struct Serving {
     grammars: OnceLock<Result<Grammars>>,
     tenants: Tenants,
     sampling: SamplingParams,
+    components: Vec<ComponentInUse>,
     weight_bytes: u64,
     timings: Vec<(&'static str, f64)>,
     load_s: f64,
@@ -159,6 +161,7 @@ impl Serving {
         let opened_s = started.elapsed().as_secs_f64();
         let settings = model.choose_component(setup, settings)?;
         let Configs { engine: engine_config, kv: kv_config, tenants, sampling } = Configs::of(&settings)?;
+        let components = components::in_use(&settings, &setup.layout);
 
         let registries = &setup.registries;
         let scheduler = build(&settings, &registries.schedulers)?;
@@ -214,6 +217,7 @@ impl Serving {
             grammars: OnceLock::new(),
             tenants,
             sampling,
+            components,
             weight_bytes,
             timings,
             load_s,
@@ -262,6 +266,11 @@ impl Serving {
     /// How tokens are sampled where a request doesn't say.
     pub fn sampling(&self) -> &SamplingParams {
         &self.sampling
+    }
+
+    /// What the engine is made of.
+    pub fn components(&self) -> &[ComponentInUse] {
+        &self.components
     }
 
     pub fn model_name(&self) -> &str {

@@ -1,6 +1,6 @@
 //! Tenants by name: the number that the engine accounts them under, and their weight.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use setu_core::TenantId;
@@ -47,6 +47,12 @@ impl Tenants {
         (id, self.config.weights.get(name).copied().unwrap_or(1.0))
     }
 
+    /// The names of those of `wanted` that are known.
+    pub fn names(&self, wanted: &HashSet<TenantId>) -> HashMap<TenantId, String> {
+        let ids = self.ids.lock().unwrap_or_else(PoisonError::into_inner);
+        ids.iter().filter(|(_, id)| wanted.contains(id)).map(|(name, &id)| (id, name.clone())).collect()
+    }
+
     /// A name to count under, one of few: that of a configured tenant, or what stands for all the others.
     pub fn label(&self, name: Option<&str>) -> &str {
         let Some(name) = name else { return DEFAULT };
@@ -66,6 +72,8 @@ mod tests {
         let expected = [(0, 0.5), (1, 3.0), (2, 1.0), (0, 0.5), (1, 3.0)];
         assert_eq!(asked.map(|name| tenants.get(name)), expected.map(|(id, weight)| (TenantId(id), weight)));
         assert_eq!(asked.map(|name| tenants.label(name)), ["default", "paying", "others", "default", "paying"]);
+        let names = tenants.names(&HashSet::from([TenantId(1), TenantId(2), TenantId(9)]));
+        assert_eq!(names, HashMap::from([(TenantId(1), "paying".to_owned()), (TenantId(2), "other".to_owned())]));
     }
 
     #[test]

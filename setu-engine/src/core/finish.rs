@@ -73,7 +73,8 @@ impl Core {
         let Some(flight) = self.flights.pop_front() else { return };
         let now_s = self.clock.now_s();
         // Behind another step it began when that one was done.
-        let took_s = now_s - flight.submitted_s.max(self.last_finished_s);
+        let began_s = flight.submitted_s.max(self.last_finished_s);
+        let took_s = now_s - began_s;
         self.last_finished_s = now_s;
         self.last_step = outcome(&flight, took_s);
         self.step_time.learn(&flight.work, took_s);
@@ -97,6 +98,7 @@ impl Core {
                 self.take_wants(index, &flight, wants.clone(), buffers, event);
             }
         }
+        self.watching.finished(&flight, began_s, took_s, false);
         self.retire_flight(flight);
         self.trace_finished();
     }
@@ -206,7 +208,9 @@ impl Core {
             self.stats.ttft_s += session.first_token_s - view.arrival_s;
             self.stats.first_tokens += 1;
         }
-        view.last_token_s = self.events[event].time_s;
+        let now_s = self.events[event].time_s;
+        self.watching.token(now_s - view.arrival_s, now_s - view.last_token_s);
+        view.last_token_s = now_s;
         if view.state() == SessionState::Prefilling {
             view.set_state(SessionState::Decoding);
         }
@@ -243,6 +247,8 @@ impl Core {
     fn step_failed(&mut self, error: Error) {
         let Some(mut flight) = self.flights.pop_front() else { return };
         tracing::error!(error = error.message(), step = flight.number, "a step failed");
+        let began_s = flight.submitted_s.max(self.last_finished_s);
+        self.watching.finished(&flight, began_s, self.clock.now_s() - began_s, true);
         if super::is_fatal(&error) {
             self.retire_flight(flight);
             self.backend_lost(error);

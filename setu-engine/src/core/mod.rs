@@ -5,7 +5,8 @@
 //! result that comes too late (its session ended or lost its pages meanwhile) is dropped.
 //!
 //! `plan.rs` decides what runs, `submit.rs` writes it down for the backend, `finish.rs` takes the results in,
-//! `masks.rs` has constrained sessions' masks computed meanwhile, `notes.rs` tells the record of decisions.
+//! `masks.rs` has constrained sessions' masks computed meanwhile, `notes.rs` tells the record of decisions, and
+//! `watch.rs` whoever looks at the engine.
 
 mod accounts;
 mod finish;
@@ -14,6 +15,7 @@ mod masks;
 mod notes;
 mod plan;
 mod submit;
+mod watch;
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -112,6 +114,7 @@ pub struct Core {
     stats: Stats,
     tracer: Option<Tracer>,
     notes: notes::Notes,
+    watching: watch::Watching,
     /// Why nothing can run any more.
     broken: Option<Error>,
 }
@@ -173,6 +176,7 @@ impl Core {
             stats: Stats::default(),
             tracer: None,
             notes: notes::Notes::default(),
+            watching: watch::Watching::default(),
             broken: None,
             info,
             settings,
@@ -286,6 +290,7 @@ impl Core {
     /// One turn: plans and submits a step if the backend takes one, and waits for the oldest where it is due.
     pub fn turn(&mut self) -> Turn {
         if self.sessions.is_empty() && self.flights.is_empty() {
+            self.answer_looks();
             return Turn::Idle { until_s: f64::INFINITY };
         }
         let started = std::time::Instant::now();
@@ -295,6 +300,8 @@ impl Core {
             most => self.info.max_in_flight.min(most),
         } as usize;
         let wake_at_s = self.plan();
+        // Those whom a plan that couldn't be made left without an answer.
+        self.answer_looks();
         let submitted = !self.planned.rows.is_empty() && self.submit();
         let mut waited = false;
         if self.flights.len() >= in_flight || (!submitted && !self.flights.is_empty()) {
@@ -394,6 +401,7 @@ impl Core {
         session.usage.preemptions += 1;
         view.preemptions += 1;
         view.tokens_lost += view.scheduled_tokens;
+        self.watching.preempted(self.step, session.id, cause, by);
         self.stats.preemptions += 1;
         self.stats.tokens_lost += u64::from(view.scheduled_tokens);
         view.computed_tokens = 0;

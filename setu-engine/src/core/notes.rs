@@ -57,8 +57,6 @@ struct Gathered<'a> {
 impl Core {
     /// Reports every step and decision to `tracer` from now on.
     pub fn set_tracer(&mut self, tracer: Option<Tracer>) {
-        self.decisions.set_recording(tracer.is_some());
-        self.chunks.set_recording(tracer.is_some());
         self.tracer = tracer;
         self.notes = Notes::default();
         self.trace(|core| {
@@ -109,9 +107,14 @@ impl Core {
         });
     }
 
+    /// Whether somebody wants to know why the plan is as it is.
+    pub(super) fn is_told(&self) -> bool {
+        self.tracer.is_some() || self.watching.is_looked_at()
+    }
+
     /// Takes note of the pages that a chunk up to `tokens` of the session at `index` lacks.
     pub(super) fn note_short(&mut self, index: usize, tokens: u32) {
-        if self.tracer.is_none() || self.notes.short.last().is_some_and(|&(last, _)| last == index) {
+        if !self.is_told() || self.notes.short.last().is_some_and(|&(last, _)| last == index) {
             return;
         }
         let mut groups: Vec<KvGroupView> = Vec::new();
@@ -128,7 +131,7 @@ impl Core {
 
     /// Tells of a session that is about to lose its pages.
     pub(super) fn trace_preempted(&mut self, index: usize, cause: PreemptionCause, by: Option<SessionId>) {
-        if self.tracer.is_none() {
+        if !self.is_told() {
             return;
         }
         let id = self.sessions[index].id;
@@ -166,8 +169,7 @@ impl Core {
         let chunks: Vec<ChunkRecord> = flight.map_or_else(Vec::new, |flight| self.chunk_records(flight, &gathered));
         let mut waits = Vec::new();
         for (index, view) in self.views.iter().enumerate() {
-            let wait = if gathered.in_step[index] { None } else { self.wait_of(index, &gathered) };
-            let Some(wait) = wait else {
+            let Some(wait) = self.wait_of(index, &gathered) else {
                 told.remove(&view.id);
                 continue;
             };
@@ -179,8 +181,7 @@ impl Core {
         }
         let nothing = chunks.is_empty() && waits.is_empty();
         self.notes.told = told;
-        self.notes.short.clear();
-        self.notes.gave_way.clear();
+        self.notes.forget_plan();
         if nothing {
             return;
         }
@@ -196,6 +197,19 @@ impl Core {
                 waits,
             })
         });
+    }
+
+    /// Why each session isn't in the plan; `None` where it is or has nothing to compute.
+    pub(super) fn waits(&self) -> Vec<Option<Wait>> {
+        let gathered = self.gather();
+        (0..self.views.len()).map(|index| self.wait_of(index, &gathered)).collect()
+    }
+
+    /// Lets go of what was noted of the plan, where the record won't be told of it.
+    pub(super) fn forget_notes(&mut self) {
+        if self.tracer.is_none() {
+            self.notes.forget_plan();
+        }
     }
 
     fn gather(&self) -> Gathered<'_> {
@@ -265,10 +279,10 @@ impl Core {
         capped
     }
 
-    /// Why the session at `index` isn't in the step; `None` if it has nothing to compute.
+    /// Why the session at `index` isn't in the step; `None` if it is or has nothing to compute.
     fn wait_of(&self, index: usize, gathered: &Gathered<'_>) -> Option<Wait> {
         let (session, view) = (&self.sessions[index], &self.views[index]);
-        if view.pending_tokens() == 0 {
+        if gathered.in_step[index] || view.pending_tokens() == 0 {
             return None;
         }
         let mut wait =
@@ -398,6 +412,11 @@ impl Core {
 }
 
 impl Notes {
+    fn forget_plan(&mut self) {
+        self.short.clear();
+        self.gave_way.clear();
+    }
+
     fn short_pages(&self, index: usize) -> Vec<PagesShort> {
         self.short.iter().find(|&&(short, _)| short == index).map_or_else(Vec::new, |(_, pages)| pages.clone())
     }

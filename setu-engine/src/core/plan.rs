@@ -64,6 +64,9 @@ impl Core {
         }
         self.step += 1;
         self.take_masks();
+        let recording = self.is_told();
+        self.decisions.set_recording(recording);
+        self.chunks.set_recording(recording);
         self.observe_events();
         if self.broken.is_some() {
             return f64::INFINITY;
@@ -81,6 +84,7 @@ impl Core {
         wake_at_s = wake_at_s.min(self.batch());
         self.give_pages();
         self.detach_unused();
+        self.answer_looks();
         if self.planned.rows.is_empty() {
             self.trace_plan(None, false);
         }

@@ -5,9 +5,11 @@
 //! its memory is wanted, least recently used first.
 
 mod key;
+mod map;
 mod pool;
 mod table;
 
 pub use key::{PageKey, PrefixKeys};
+pub use map::{PageMap, PageRun, PageUse};
 pub use pool::PagePool;
 pub use table::{GroupTable, KvStore};

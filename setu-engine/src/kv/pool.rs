@@ -134,6 +134,11 @@ impl PagePool {
         self.pages[page as usize].refs
     }
 
+    /// Whether its content is known, so that a session with the same prefix may share it.
+    pub fn is_known(&self, page: u32) -> bool {
+        self.pages[page as usize].key.is_some()
+    }
+
     /// Forgets the content of all idle pages.
     pub fn clear_idle(&mut self) {
         while self.oldest != NONE {

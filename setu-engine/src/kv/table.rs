@@ -3,7 +3,7 @@
 use setu_core::graph::{Graph, KvGroupKind};
 use setu_core::view::KvGroupView;
 
-use super::{PageKey, PagePool};
+use super::{PageKey, PageMap, PagePool};
 
 /// One session's pages in one KV group. The page of token t is at `t / page_tokens - skipped`.
 #[derive(Clone, Debug, Default)]
@@ -222,6 +222,16 @@ impl KvStore {
             counts.1 += table.pages.iter().filter(|&&page| group.pool.refs(page) > 1).count() as u32;
         }
         counts
+    }
+
+    /// The pages of every group as a picture, where `tables` are the live sessions'.
+    pub fn maps<'a>(&self, tables: impl ExactSizeIterator<Item = &'a [GroupTable]> + DoubleEndedIterator + Clone) -> Vec<PageMap> {
+        let map = |(index, group): (usize, &Group)| PageMap {
+            page_tokens: self.page_tokens,
+            window_tokens: group.window.unwrap_or(0),
+            ..PageMap::new(&group.pool, tables.clone().enumerate().map(|(at, tables)| (at as u32, &tables[index])))
+        };
+        self.groups.iter().enumerate().map(map).collect()
     }
 
     /// Forgets all content that no session holds.

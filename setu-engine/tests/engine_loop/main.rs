@@ -4,6 +4,7 @@ mod answers;
 mod backends;
 mod constraints;
 mod handle;
+mod live;
 mod pages;
 mod policies;
 mod rig;

@@ -16,7 +16,7 @@ use tower_http::cors::{Any, CorsLayer};
 use super::config::{ServerConfig, UnknownFields};
 use super::error::ApiError;
 use super::served::{ModelSource, Models, Served};
-use super::{chat, completions, metrics, models, openapi, status, text};
+use super::{chat, completions, live, metrics, models, openapi, page, status, text};
 
 /// Names the fields of a request that nobody knew, where they are only warned of.
 pub const WARNING: HeaderName = HeaderName::from_static("x-setu-warning");
@@ -26,6 +26,7 @@ pub struct App {
     pub models: Models,
     pub config: ServerConfig,
     pub metrics: metrics::Metrics,
+    pub live: live::Live,
     pub created_s: u64,
     draining: AtomicBool,
     requests: AtomicU64,
@@ -40,6 +41,7 @@ impl App {
             models: Models::new(models, &config.model_names),
             config,
             metrics: metrics::Metrics::new(),
+            live: live::Live::default(),
             created_s: started.as_secs(),
             draining: AtomicBool::new(false),
             requests: AtomicU64::new(0),
@@ -99,6 +101,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/version", route(get(status::version)))
         .route("/metrics", route(get(metrics::render)))
         .route("/openapi.json", route(get(openapi::get)))
+        .route("/live", route(get(live::stream)))
+        .route("/", route(get(page::index)))
+        .route("/page/{file}", route(get(page::file)))
         .fallback(not_found)
         .layer(middleware::from_fn_with_state(app.clone(), errors_in_shape))
         .layer(DefaultBodyLimit::max(limit))

@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use super::{chat, completions, metrics, models, status, text};
+use super::{chat, completions, live, metrics, models, page, status, text};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -19,6 +19,9 @@ use super::{chat, completions, metrics, models, status, text};
         status::ready,
         status::version,
         metrics::render,
+        live::stream,
+        page::index,
+        page::file,
         get,
     )
 )]
