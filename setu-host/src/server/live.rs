@@ -8,6 +8,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -268,10 +269,17 @@ impl Live {
 
 /// Streams the engine's state: sessions, pages, steps, rates and components, a few times a second.
 #[utoipa::path(get, path = "/live", params(LiveQuery), responses(
-    (status = 200, body = LiveEvent, content_type = "text/event-stream"),
+    (status = 200, content((LiveEvent = "text/event-stream"))),
     (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)
 ))]
-pub async fn stream(State(app): State<Arc<App>>, query: Query<LiveQuery>) -> Result<Response, ApiError> {
+pub async fn stream(
+    State(app): State<Arc<App>>,
+    query: Result<Query<LiveQuery>, QueryRejection>,
+) -> Result<Response, ApiError> {
+    let Query(query) = query.map_err(|rejection| ApiError::new(StatusCode::BAD_REQUEST, rejection.body_text()))?;
+    if query.frames == Some(0) {
+        return Err(ApiError::invalid("frames", "`frames` must be at least 1"));
+    }
     if app.is_draining() {
         return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is about to stop"));
     }

@@ -1,0 +1,205 @@
+//! `/live`, the stream of what the engine does: what it tells, what it costs, and that nobody's slowness is another's.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use setu_tests::models::default_model_or_skip;
+use setu_tests::server::Server;
+
+/// Streams answers of `tokens` tokens to `n` choices, and leaves the reading to the caller.
+fn begin(server: &Server, n: u32, tokens: u32) -> TcpStream {
+    let request = json!({
+        "messages": [{"role": "user", "content": "Tell a story."}], "stream": true, "n": n, "max_tokens": tokens, "ignore_eos": true
+    });
+    server.begin("POST", "/v1/chat/completions", &[("content-type", "application/json")], &request.to_string())
+}
+
+/// The events of a view.
+struct View(BufReader<TcpStream>);
+
+impl View {
+    fn open(server: &Server, query: &str) -> View {
+        View(BufReader::new(server.begin("GET", &format!("/live{query}"), &[], "")))
+    }
+
+    /// The next event; `None` where the stream ends.
+    fn next(&mut self) -> Option<Value> {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            if self.0.read_line(&mut line).ok()? == 0 {
+                return None;
+            }
+            if let Some(data) = line.strip_prefix("data: ") {
+                return Some(serde_json::from_str(data).expect("JSON"));
+            }
+        }
+    }
+
+    fn frame(&mut self) -> Value {
+        std::iter::from_fn(|| self.next()).find(|event| event["event"] == "frame").expect("a frame")
+    }
+}
+
+fn viewers(server: &Server) -> f64 {
+    server.metric("setu_live_viewers").unwrap_or(0.0)
+}
+
+#[test]
+fn frames_tell_of_sessions_pages_steps_and_components() {
+    let Some(model) = default_model_or_skip("live frames") else { return };
+    let server = Server::start(&[&model, "--engine.max_sessions", "3", "--batcher.chunk_tokens", "16"]);
+    let mut view = View::open(&server, "");
+    let engine = view.next().expect("the engine");
+    assert_eq!(engine["event"], "engine");
+    let components = engine["components"].as_array().expect("components");
+    let kinds: Vec<&str> = components.iter().filter_map(|component| component["kind"].as_str()).collect();
+    assert_eq!(kinds, ["scheduler", "batcher", "model", "backend", "engine", "kv", "sampling"]);
+    let chunk = components[1]["settings"].as_array().expect("settings").iter().find(|one| one["name"] == "chunk_tokens");
+    let chunk = chunk.expect("the batcher's setting");
+    assert_eq!((&chunk["value"], &chunk["unit"]), (&json!("16"), &json!("tokens")));
+    assert!(chunk["origin"].as_str().expect("an origin").contains("--batcher.chunk_tokens"), "{chunk}");
+    let idle = view.frame();
+    assert_eq!((&idle["sessions"], &idle["totals"]["kv_pages_used"]), (&json!([]), &json!(0)));
+
+    // More than can run at once.
+    let clients = [begin(&server, 4, 300), begin(&server, 1, 300)];
+    let (mut states, mut rows, mut reasons) = (BTreeSet::new(), Vec::new(), BTreeSet::new());
+    let mut shared = 0;
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(60) {
+        let frame = view.frame();
+        for session in frame["sessions"].as_array().expect("sessions") {
+            states.insert(session["state"].as_str().expect("a state").to_owned());
+            reasons.extend(session["wait"]["cause"].as_str().map(str::to_owned));
+            assert_eq!(session["tenant"], "default");
+        }
+        let map = &frame["kv"][0];
+        let cells: u64 = map["runs"].as_array().expect("runs").iter().filter_map(|run| run[0].as_u64()).sum();
+        assert_eq!(cells * map["cell_pages"].as_u64().expect("pages"), map["total_pages"].as_u64().expect("pages"));
+        shared = shared.max(map["shared_pages"].as_u64().expect("pages"));
+        for step in frame["steps"].as_array().expect("steps") {
+            assert!(step["took_s"].as_f64() > Some(0.0), "{step}");
+            rows.extend(step["rows"].as_array().expect("rows").iter().map(|row| (row[1].as_u64(), row[3].as_u64())));
+        }
+        let rates = &frame["rates"];
+        if rates["itl_p50_s"].is_number() && rates["generated_tokens_per_s"].as_f64() > Some(0.0) && reasons.contains("slots") {
+            break;
+        }
+    }
+    assert!(states.contains("decoding") && states.contains("waiting"), "{states:?}");
+    assert!(rows.contains(&(Some(16), Some(1))) && rows.contains(&(Some(1), Some(0))), "chunks and tokens: {rows:?}");
+    assert!(shared > 0 && reasons.contains("slots"), "{shared} {reasons:?}");
+    drop(clients);
+
+    let mut short = View::open(&server, "?frames=2");
+    let events: Vec<Value> = std::iter::from_fn(|| short.next()).collect();
+    assert_eq!(events.iter().filter(|event| event["event"] == "frame").count(), 2, "as many as were asked for");
+    for (query, part) in [("?frames=0", "frames"), ("?frame=1", "unknown field `frame`"), ("?frames=x", "invalid digit")] {
+        let refused = server.get(&format!("/live{query}"));
+        let message = refused.json()["error"]["message"].to_string();
+        assert!(refused.status == 400 && message.contains(part), "{query}: {} {message}", refused.status);
+    }
+}
+
+#[test]
+fn a_view_ends_with_its_client_and_with_the_server_and_there_are_only_so_many() {
+    let Some(model) = default_model_or_skip("live ends") else { return };
+    let mut server = Server::start(&[&model]);
+    let mut views: Vec<View> = (0..64).map(|_| View::open(&server, "")).collect();
+    views.iter_mut().for_each(|view| drop(view.frame()));
+    assert_eq!(viewers(&server), 64.0);
+    let refused = server.get("/live");
+    assert_eq!(refused.status, 429, "{}", refused.body);
+    let mut last = views.pop().expect("one of them");
+    drop(views);
+    server.wait_until("the others are gone", |server| viewers(server) == 1.0);
+    assert_eq!(last.frame()["viewers"], 1);
+
+    // A view is no answer that the server waits for until it may end.
+    server.terminate();
+    let begun = Instant::now();
+    while last.next().is_some() {}
+    assert!(server.wait().success());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn a_viewer_that_never_reads_slows_nobody_and_gathers_no_memory() {
+    let Some(model) = default_model_or_skip("live viewers that never read") else { return };
+    let server = Server::start(&[&model, "--engine.max_sessions", "4"]);
+    // Many sessions make large frames, of which the system's own buffers hold few.
+    let clients: Vec<TcpStream> = (0..3).map(|_| begin(&server, 60, 1500)).collect();
+    let mut reads = View::open(&server, "");
+    while reads.frame()["sessions"].as_array().is_none_or(|sessions| sessions.len() < 180) {}
+    let asleep: Vec<TcpStream> = (0..12).map(|_| server.begin("GET", "/live", &[], "")).collect();
+    server.wait_until("all look", |server| viewers(server) == 13.0);
+    std::thread::sleep(Duration::from_secs(2));
+    let before_kib = server.resident_kib();
+    let (begun, mut frames, mut bytes) = (Instant::now(), 0, 0);
+    while begun.elapsed() < Duration::from_secs(20) {
+        let frame = reads.frame();
+        assert!(frame["totals"]["steps"].as_u64() > Some(0));
+        bytes += frame.to_string().len();
+        frames += 1;
+    }
+    let seconds = begun.elapsed().as_secs_f64();
+    let grown_kib = server.resident_kib().saturating_sub(before_kib);
+    assert!(frames as f64 > seconds, "one who reads gets frames: {frames} in {seconds:.1} s");
+    let queued_kib = asleep.len() * bytes / 1024;
+    assert!((grown_kib as usize) < queued_kib / 4, "{grown_kib} KiB more, where {queued_kib} KiB weren't read");
+
+    // Whoever reads again sees how things stand now, not all that was missed.
+    let now_s = reads.frame()["time_s"].as_f64().expect("a time");
+    let mut wakes = View(BufReader::new(asleep.into_iter().next().expect("a viewer")));
+    let (mut seen, mut time_s) = (0, 0.0);
+    while time_s < now_s {
+        time_s = wakes.frame()["time_s"].as_f64().expect("a time");
+        seen += 1;
+    }
+    assert!(seen < frames, "{seen} frames were kept, of {frames}");
+    drop(clients);
+    server.wait_until("all end", |server| server.metric("setu_num_requests_running") == Some(0.0));
+}
+
+#[test]
+fn watching_costs_the_engine_next_to_nothing() {
+    let Some(model) = default_model_or_skip("live cost") else { return };
+    let server = Server::start(&[&model]);
+    /// The engine's own time for a step, in µs, while 32 sessions decode.
+    fn per_step_us(server: &Server) -> f64 {
+        let client = begin(server, 32, 100_000);
+        server.wait_until("all run", |server| server.metric("setu_num_requests_running") == Some(32.0));
+        let read = client.try_clone().expect("a second handle");
+        let reader = std::thread::spawn(move || std::io::copy(&mut BufReader::new(read), &mut std::io::sink()));
+        let spent = || ["setu_engine_seconds_total", "setu_steps_total"].map(|name| server.metric(name).expect("a metric"));
+        let [engine_s, steps] = spent();
+        std::thread::sleep(Duration::from_secs(4));
+        let [engine_after_s, steps_after] = spent();
+        client.shutdown(Shutdown::Both).expect("it is open");
+        let _ = reader.join();
+        server.wait_until("all end", |server| server.metric("setu_num_requests_running") == Some(0.0));
+        (engine_after_s - engine_s) / (steps_after - steps) * 1e6
+    }
+    // Interleaved, so that what else the machine does falls on both; the least of each is the engine's.
+    let least = |so_far: f64, server: &Server| so_far.min(per_step_us(server));
+    let (mut alone_us, mut watched_us) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..3 {
+        alone_us = least(alone_us, &server);
+        let mut view = View::open(&server, "");
+        view.frame();
+        let socket = view.0.get_ref().try_clone().expect("a second handle");
+        let reader = std::thread::spawn(move || while view.next().is_some() {});
+        watched_us = least(watched_us, &server);
+        assert_eq!(viewers(&server), 1.0);
+        socket.shutdown(Shutdown::Both).expect("it is open");
+        let _ = reader.join();
+        server.wait_until("nobody watches", |server| viewers(server) == 0.0);
+    }
+    let line = format!("the engine's own time for a step of 32: {alone_us:.1} µs, watched {watched_us:.1} µs");
+    writeln!(std::io::stderr(), "{line}").expect("a standard error");
+    assert!(watched_us < alone_us * 1.5 + 50.0, "{line}");
+}
