@@ -78,12 +78,11 @@ async function answer() {
   if (system) asked.unshift({ role: 'system', content: system });
   const message = { role: 'assistant', content: '', reasoning: '', note: '', error: '' };
   messages.push(message);
-  render();
-  list.scrollTop = list.scrollHeight;
-
   const controller = new AbortController();
   running = controller;
   busy(true);
+  render();
+  list.scrollTop = list.scrollHeight;
   const timing = { sent: performance.now(), first: null, last: null };
   let finish = null;
   let usage = null;
@@ -263,7 +262,7 @@ class MessageView {
     const last = messages.findLastIndex((message) => message.role === this.message.role);
     const wanted = [];
     if (!running) {
-      if (this.message.content) wanted.push(['Copy', () => copy(this.message.content)]);
+      if (this.message.role === 'assistant' && this.message.content) wanted.push(['Copy', () => copy(this.message.content)]);
       if (index === last && this.message.role === 'assistant') wanted.push([this.message.error ? 'Try again' : 'Regenerate', regenerate]);
       if (index === last && this.message.role === 'user') wanted.push(['Edit', () => edit(index)]);
     }

@@ -3,6 +3,8 @@
 import { colours, context, element, seconds, setText, short } from './paint.js';
 
 const KEPT = 300;
+// Fewer are drawn as if they were as many, so that a view that has just begun shows something.
+const FEWEST = 75;
 const HEIGHT = 44;
 
 // Title, what is read off a frame (the main curve and a paler one), how numbers read, and the curve's fixed top.
@@ -10,7 +12,7 @@ const CURVES = [
   { title: 'Generated', unit: 'tokens/s', of: ({ rates }) => [rates.generated_tokens_per_s], text: short },
   { title: 'Prompts', unit: 'tokens/s', of: ({ rates }) => [rates.prefill_tokens_per_s], text: short },
   { title: 'First token', unit: 'p50', second: 'p95', of: ({ rates }) => [rates.ttft_p50_s, rates.ttft_p95_s], text: seconds },
-  { title: 'Between tokens', unit: 'p50', second: 'p95', of: ({ rates }) => [rates.itl_p50_s, rates.itl_p95_s], text: seconds },
+  { title: 'Inter-token', unit: 'p50', second: 'p95', of: ({ rates }) => [rates.itl_p50_s, rates.itl_p95_s], text: seconds },
   { title: 'Running', unit: 'sessions', second: 'waiting', of: ({ totals }) => [totals.running, totals.waiting], text: short },
   { title: 'KV pages used', unit: '', of: ({ totals }) => [totals.kv_pages_used / Math.max(totals.kv_pages_total, 1)], text: (part) => `${(part * 100).toFixed(part < 0.1 ? 1 : 0)} %`, top: 1 },
 ];
@@ -21,9 +23,11 @@ const tiles = CURVES.map((curve) => {
   const second = element('span', 'second');
   const canvas = element('canvas');
   canvas.setAttribute('aria-hidden', 'true');
+  const title = element('figcaption', '', curve.title);
+  title.append(second);
   const line = element('p');
-  line.append(value, element('span', 'unit', curve.unit), second);
-  tile.append(element('figcaption', '', curve.title), line, canvas);
+  line.append(value, element('span', 'unit', curve.unit));
+  tile.append(title, line, canvas);
   document.getElementById('curves').append(tile);
   return { ...curve, value, secondValue: second, canvas, kept: [] };
 });
@@ -56,7 +60,7 @@ export function draw(frame) {
 
 /** Draws a curve whose gaps are gaps, the latest value at the right. */
 function curve(paint, width, values, top, colour, isFilled) {
-  const step = width / (KEPT - 1);
+  const step = width / (Math.max(values.length, FEWEST) - 1);
   const x = (index) => width - (values.length - 1 - index) * step;
   const y = (value) => HEIGHT - 2 - (Math.min(value, top) / top) * (HEIGHT - 5);
   paint.strokeStyle = colour;

@@ -57,7 +57,7 @@ export function short(value) {
 export function seconds(value) {
   if (value === null || !Number.isFinite(value)) return '–';
   if (value < 0.001) return `${(value * 1e6).toFixed(0)} µs`;
-  if (value < 0.0995) return `${(value * 1e3).toFixed(1)} ms`;
+  if (value < 0.00995) return `${(value * 1e3).toFixed(1)} ms`;
   if (value < 1) return `${(value * 1e3).toFixed(0)} ms`;
   if (value < 60) return `${value.toFixed(1)} s`;
   return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;

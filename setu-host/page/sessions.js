@@ -85,7 +85,7 @@ class Row {
   }
 
   why(session, wait) {
-    if (!wait || wait.cause === 'in_flight') return session.preemptions ? `preempted ${session.preemptions} times before` : '';
+    if (!wait || wait.cause === 'in_flight') return session.preemptions ? `preempted ${session.preemptions} ×` : '';
     const by = wait.by ? `, ${sessionName(wait.by)}` : '';
     return wait.reason || `${CAUSES[wait.cause] ?? wait.cause}${by}`;
   }
