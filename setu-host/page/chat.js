@@ -73,7 +73,8 @@ function submit() {
 
 /** Has the conversation as it stands answered. */
 async function answer() {
-  const asked = messages.map(({ role, content }) => ({ role, content }));
+  // What failed before it said anything is no part of the conversation.
+  const asked = messages.filter(({ role, content }) => role === 'user' || content).map(({ role, content }) => ({ role, content }));
   const system = systemPrompt();
   if (system) asked.unshift({ role: 'system', content: system });
   const message = { role: 'assistant', content: '', reasoning: '', note: '', error: '' };

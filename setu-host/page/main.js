@@ -11,7 +11,7 @@ const tabs = ['chat', 'engine'].map((name) => ({ name, tab: document.getElementB
 let chosen = 'chat';
 
 settings.start(() => {
-  loadModels();
+  loadModels(false);
   live.restart();
 });
 chat.start(() => select.value || undefined);
@@ -21,7 +21,7 @@ live.start(() => select.value || undefined);
 loadModels();
 if (!narrow.matches) document.getElementById('prompt').focus();
 
-async function loadModels() {
+async function loadModels(isFirst = true) {
   try {
     const { data } = await (await request('v1/models')).json();
     const before = select.value;
@@ -31,7 +31,7 @@ async function loadModels() {
   } catch (error) {
     select.replaceChildren(new Option(error.status === 401 ? 'key needed' : 'no models', ''));
     select.disabled = true;
-    if (error.status === 401) settings.askForKey();
+    if (error.status === 401) settings.askForKey(isFirst);
   }
 }
 select.addEventListener('change', () => live.restart());

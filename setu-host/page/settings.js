@@ -89,11 +89,11 @@ export function pointAt(param) {
   return true;
 }
 
-/** Asks for a key. */
-export function askForKey() {
+/** Asks for a key; without `focuses` it leaves whoever is typing elsewhere alone. */
+export function askForKey(focuses = true) {
   show(true);
   keyInput.setAttribute('aria-invalid', 'true');
-  keyInput.focus();
+  if (focuses) keyInput.focus();
 }
 
 function show(shown) {

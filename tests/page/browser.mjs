@@ -39,7 +39,6 @@ export async function set(page, values) {
   for (const [name, value] of Object.entries(values)) {
     await page.fill(name === 'system' || name === 'key' ? `#${name}` : `#sampling input[name="${name}"]`, String(value));
   }
-  await page.locator('#key').evaluate((key) => key.dispatchEvent(new Event('change')));
   await page.click('#settings-toggle');
 }
 
