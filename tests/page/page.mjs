@@ -19,7 +19,8 @@ const CASES = {
     const body = (await sent).postDataJSON();
     assert.deepEqual(body.messages.map(({ role }) => role), ['system', 'user', 'assistant', 'user']);
     assert.deepEqual([body.temperature, body.max_completion_tokens, body.top_p], [0, 24, undefined], 'what is empty isn’t sent');
-    assert.equal(body.messages[2].content.trim(), first.trim());
+    const letters = (text) => text.replace(/[^a-z]/gi, '');
+    assert.equal(letters(body.messages[2].content), letters(first), 'but for its markup, what was shown');
     assert.match(await lastNote(page), /cached/, 'the second turn finds the first in the prefix cache');
     // A conversation survives a reload.
     await page.reload();
@@ -168,8 +169,7 @@ const CASES = {
     assert.equal(await page.locator('.message .error').count(), 0);
     await page.reload();
     assert.equal(await page.inputValue('#key'), 'right', 'the browser keeps it');
-    await page.fill('#key', '');
-    await page.locator('#key').blur();
+    await set(page, { key: '' });
     assert.equal(await page.evaluate(() => localStorage.getItem('setu.key')), null);
     await close();
   },
