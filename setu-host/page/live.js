@@ -80,7 +80,7 @@ async function look(controller) {
   }
 }
 
-const address = () => 'live';
+const address = () => (model() ? `live?model=${encodeURIComponent(model())}` : 'live');
 
 function take(event) {
   switch (event.event) {

@@ -28,6 +28,7 @@ async function loadModels(isFirst = true) {
     select.replaceChildren(...data.map(({ id }) => new Option(id, id)));
     if (data.some(({ id }) => id === before)) select.value = before;
     select.disabled = data.length < 2;
+    if (select.value !== before && before) live.restart();
   } catch (error) {
     select.replaceChildren(new Option(error.status === 401 ? 'key needed' : 'no models', ''));
     select.disabled = true;

@@ -13,7 +13,7 @@ use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::response::sse::Event;
-use metrics::{describe_gauge, gauge};
+use metrics::{SharedString, gauge};
 use serde::{Deserialize, Serialize};
 use setu_core::TenantId;
 use setu_core::view::SessionState;
@@ -26,8 +26,10 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::app::App;
 use super::error::{ApiError, ErrorBody};
+use super::served::State as LoadState;
 use super::sse;
 use crate::components::ComponentInUse;
+use crate::serving::Serving;
 
 /// Time between two frames.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -36,7 +38,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Seconds over which rates are averaged, and over which latencies are ordered.
 const RATE_S: f64 = 1.0;
 const LATENCY_S: f64 = 5.0;
-/// Most viewers at a time.
+/// Most viewers of a model at a time.
 const MOST_VIEWERS: usize = 64;
 /// Most that a frame shows; what is left out is counted.
 const MOST_SESSIONS: usize = 256;
@@ -46,11 +48,14 @@ const MOST_RUNS: usize = 4096;
 /// Most gaps between tokens that are ordered.
 const MOST_GAPS: usize = 1 << 15;
 
-/// How long to look.
+/// Whose engine to look at, and how long.
 #[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct LiveQuery {
+    /// The model; without it the first. One that isn't loaded can't be looked at, and isn't loaded for it.
+    #[serde(default)]
+    model: Option<String>,
     /// Ends the stream after as many frames; without it the stream goes on until one side goes away.
     #[serde(default)]
     #[param(minimum = 1)]
@@ -229,10 +234,18 @@ struct LiveFault {
     step: u64,
 }
 
-/// What viewers share; kept while there is one.
+/// What viewers share, by the model's name; kept while there is one.
 #[derive(Debug, Default)]
 pub struct Live {
-    feed: Mutex<Weak<Feed>>,
+    feeds: Mutex<HashMap<Arc<str>, Weak<Feed>>>,
+}
+
+/// A model that can be looked at.
+#[derive(Clone)]
+struct Watched {
+    app: Arc<App>,
+    model: Arc<str>,
+    serving: Arc<Serving>,
 }
 
 /// The frames of one engine.
@@ -250,19 +263,19 @@ struct Frame {
 
 impl Live {
     /// The feed that others look at, or a new one.
-    fn feed(&self, app: &Arc<App>) -> Result<Arc<Feed>, ApiError> {
-        let mut kept = self.feed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(feed) = kept.upgrade() {
+    fn feed(&self, watched: &Watched) -> Result<Arc<Feed>, ApiError> {
+        let mut feeds = self.feeds.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(feed) = feeds.get(&watched.model).and_then(Weak::upgrade) {
             if Arc::strong_count(&feed) > MOST_VIEWERS {
                 return Err(ApiError::busy(format!("{MOST_VIEWERS} look already, which is the most"), Some(10.0)));
             }
             return Ok(feed);
         }
-        let watch = app.serving.engine().watch()?;
+        let watch = watched.serving.engine().watch()?;
         let (sender, frames) = watch::channel(None);
         let feed = Arc::new(Feed { frames });
-        *kept = Arc::downgrade(&feed);
-        tokio::spawn(poll(app.clone(), watch, sender, kept.clone()));
+        feeds.insert(watched.model.clone(), Arc::downgrade(&feed));
+        tokio::spawn(poll(watched.clone(), watch, sender, Arc::downgrade(&feed)));
         Ok(feed)
     }
 }
@@ -283,9 +296,16 @@ pub async fn stream(
     if app.is_draining() {
         return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the server is about to stop"));
     }
-    let feed = app.live.feed(&app)?;
+    let model = app.models.find(query.model.as_deref())?;
+    let LoadState::Loaded(serving) = model.state() else {
+        let message = format!("the model `{}` isn't loaded: a request that names it has it loaded", model.name);
+        let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("model_unavailable");
+        return Err(ApiError { retry_after_s: Some(1.0), ..error });
+    };
+    let watched = Watched { app: app.clone(), model: model.name.clone(), serving };
+    let feed = app.live.feed(&watched)?;
     let mut left = query.frames.unwrap_or(u64::MAX);
-    let engine = LiveEvent::Engine(LiveEngine::new(&app));
+    let engine = LiveEvent::Engine(LiveEngine::new(&watched.model, &watched.serving));
     Ok(sse::response(async_stream::stream! {
         yield sse::data(&engine);
         let mut frames = feed.frames.clone();
@@ -299,14 +319,15 @@ pub async fn stream(
 }
 
 /// Asks the engine how it stands, for as long as somebody wants to know.
-async fn poll(app: Arc<App>, watch: Watch, frames: watch::Sender<Option<Frame>>, feed: Weak<Feed>) {
-    describe_gauge!("setu_live_viewers", "Viewers of /live.");
+async fn poll(watched: Watched, watch: Watch, frames: watch::Sender<Option<Frame>>, feed: Weak<Feed>) {
+    let Watched { app, model, serving } = watched;
+    let viewers = gauge!("setu_live_viewers", "model_name" => SharedString::from(model));
     let mut history = History::default();
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let is_wanted = || feed.strong_count() > 0 && !app.is_draining();
     while is_wanted() {
-        gauge!("setu_live_viewers").set(feed.strong_count() as f64);
+        viewers.set(feed.strong_count() as f64);
         let (sender, mut answer) = oneshot::channel();
         if watch.look(history.last_step, move |snapshot| drop(sender.send(snapshot))).is_err() {
             break;
@@ -325,11 +346,11 @@ async fn poll(app: Arc<App>, watch: Watch, frames: watch::Sender<Option<Frame>>,
             }
         };
         let Some(snapshot) = snapshot else { break };
-        let frame = history.frame(&app, snapshot, feed.strong_count());
+        let frame = history.frame(&serving, snapshot, feed.strong_count());
         frames.send_replace(Some(Frame::new(&LiveEvent::Frame(frame))));
         ticks.tick().await;
     }
-    gauge!("setu_live_viewers").set(0.0);
+    viewers.set(0.0);
 }
 
 impl Frame {
@@ -343,14 +364,14 @@ impl Frame {
 }
 
 impl LiveEngine {
-    fn new(app: &App) -> LiveEngine {
+    fn new(model: &str, serving: &Serving) -> LiveEngine {
         LiveEngine {
-            model: app.serving.model_name().to_owned(),
+            model: model.to_owned(),
             version: env!("CARGO_PKG_VERSION"),
-            max_model_len: app.serving.engine().limits().max_model_len,
-            weight_bytes: app.serving.weight_bytes(),
+            max_model_len: serving.engine().limits().max_model_len,
+            weight_bytes: serving.weight_bytes(),
             interval_s: INTERVAL.as_secs_f64(),
-            components: app.serving.components().to_vec(),
+            components: serving.components().to_vec(),
         }
     }
 }
@@ -377,7 +398,7 @@ struct Counts {
 }
 
 impl History {
-    fn frame(&mut self, app: &App, snapshot: Snapshot, viewers: usize) -> LiveFrame {
+    fn frame(&mut self, serving: &Serving, snapshot: Snapshot, viewers: usize) -> LiveFrame {
         let Snapshot { time_s, step, stats, sessions, pages, steps } = snapshot;
         self.last_step = steps.last().map_or(self.last_step, |step| step.number);
         let rates = self.rates(time_s, &stats, &steps);
@@ -385,7 +406,7 @@ impl History {
         let wanted: HashSet<TenantId> = shown.iter().map(|session| session.tenant).collect();
         self.tenants.retain(|id, _| wanted.contains(id));
         if wanted.iter().any(|id| !self.tenants.contains_key(id)) {
-            self.tenants = app.serving.tenants().names(&wanted);
+            self.tenants = serving.tenants().names(&wanted);
         }
         let (steps, steps_left_out) = latest(&steps);
         let fault = |fault: &setu_engine::Fault| LiveFault {

@@ -87,6 +87,7 @@ fn describe() {
     describe_gauge!("setu_backend_seconds_total", "Time inside the backend.");
     describe_gauge!("setu_engine_seconds_total", "The engine's own time.");
     describe_gauge!("setu_component_seconds_total", "CPU time of a policy.");
+    describe_gauge!("setu_live_viewers", "Viewers of /live.");
     describe_counter!("setu_component_faults_total", "Faults for which a component was replaced.");
 }
 
