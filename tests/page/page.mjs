@@ -151,7 +151,7 @@ const CASES = {
     };
     const before = async (page) => {
       await page.route('**/v1/**', guard);
-      await page.route('**/live*', guard);
+      await page.route(/\/live(\?.*)?$/, guard);
     };
     const { page, close } = await open(browser, base, { before });
     await page.waitForFunction(() => document.querySelector('#link').textContent === 'the key is not known here');
