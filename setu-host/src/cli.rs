@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::commands::{chat, check, completions, config, model, plugins, run, score, serve, tokenize, why};
+use crate::commands::{chat, check, completions, config, keys, model, plugins, run, score, serve, tokenize, why};
 use crate::config::read;
 use crate::logging;
 use crate::request::RequestOptions;
@@ -78,6 +78,7 @@ fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Fa
         return match name {
             "plugins" => plugins::main(matches, &mut setup),
             "config" => config::main(matches, &mut setup),
+            "keys" => keys::main(matches, &mut setup),
             "model" => model::main(matches, &mut setup),
             "why" => why::main(matches),
             _ => completions::main(matches, command(&setup)),
@@ -194,6 +195,11 @@ pub fn command(setup: &Setup) -> Command {
                 ),
             ),
         );
+    let keys = Command::new("keys")
+        .about("Make and list the keys that `setu serve` asks for")
+        .subcommand_required(true)
+        .arg_required_else_help(true)
+        .subcommands(keys::commands().map(|command| setup.add_flags(command)));
     let model = Command::new("model")
         .about("Fetch and look at models")
         .subcommand_required(true)
@@ -232,6 +238,7 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand(setup.add_flags(tokenize))
         .subcommand(plugins)
         .subcommand(config)
+        .subcommand(keys)
         .subcommand(model)
         .subcommand(why)
         .subcommand(Command::new("completions").about("Shell completions").arg(

@@ -9,6 +9,8 @@ use setu_engine::request::Deadlines;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RequestOptions {
     pub tenant: Option<String>,
+    /// The tenant's share under contention, in place of what `[tenants]` says.
+    pub weight: Option<f64>,
     pub priority: Option<i32>,
     pub class: u32,
     pub deadlines: Deadlines,
@@ -43,6 +45,7 @@ impl RequestOptions {
         let seconds = |name: &str| matches.get_one::<f64>(name).map_or(f64::INFINITY, |ms| ms * 1e-3);
         RequestOptions {
             tenant: matches.get_one::<String>("tenant").cloned(),
+            weight: None,
             priority: matches.get_one("priority").copied(),
             class: matches.get_one("class").copied().unwrap_or(0),
             deadlines: Deadlines {

@@ -368,7 +368,8 @@ impl Serving {
         let text = text.collect();
         let mut request = Request::new(prompt, params);
         request.text = text;
-        (request.tenant, request.tenant_weight) = self.tenants.get(options.tenant.as_deref());
+        let (tenant, weight) = self.tenants.get(options.tenant.as_deref());
+        (request.tenant, request.tenant_weight) = (tenant, options.weight.unwrap_or(weight));
         request.priority = options.priority;
         request.class = options.class;
         request.deadlines = options.deadlines;

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -15,6 +16,10 @@ pub struct Server {
     child: Child,
     /// Host and port.
     pub address: String,
+    /// What it has said since it listens.
+    said: Arc<Mutex<String>>,
+    /// What it said before that.
+    beginning: String,
 }
 
 /// A response.
@@ -44,10 +49,42 @@ impl Server {
                 break address.to_owned();
             }
             said.push_str(&line);
+            said.push('\n');
         };
         // What else it says must not block it.
-        std::thread::spawn(move || lines.for_each(drop));
-        Server { child, address }
+        let (beginning, said) = (said, Arc::new(Mutex::new(String::new())));
+        let heard = said.clone();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let mut heard = heard.lock().expect("whole");
+                heard.push_str(&line);
+                heard.push('\n');
+            }
+        });
+        Server { child, address, said, beginning }
+    }
+
+    /// What it has said since it listens.
+    ///
+    /// # Panics
+    /// Whoever listens has panicked.
+    pub fn log(&self) -> String {
+        self.said.lock().expect("whole").clone()
+    }
+
+    /// What it said before it listened.
+    pub fn before_listening(&self) -> &str {
+        &self.beginning
+    }
+
+    /// Bytes of memory that it holds.
+    ///
+    /// # Panics
+    /// The system doesn't say.
+    pub fn resident_bytes(&self) -> u64 {
+        let statm = std::fs::read_to_string(format!("/proc/{}/statm", self.child.id())).expect("it runs");
+        let pages: u64 = statm.split_whitespace().nth(1).and_then(|pages| pages.parse().ok()).expect("a number");
+        pages * 4096
     }
 
     /// # Panics
@@ -104,13 +141,18 @@ impl Server {
         stream
     }
 
-    /// The value of a line of `/metrics`.
+    /// The sum of the lines of `/metrics` of this name, whatever their labels.
     ///
     /// # Panics
     /// There is no answer.
     pub fn metric(&self, name: &str) -> Option<f64> {
         let body = self.get("/metrics").body;
-        body.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+        let value = |line: &str| -> Option<f64> {
+            let rest = line.strip_prefix(name)?;
+            let rest = if rest.starts_with('{') { rest.rsplit_once('}')?.1 } else { rest };
+            rest.strip_prefix(' ')?.trim().parse().ok()
+        };
+        body.lines().filter_map(value).reduce(|a, b| a + b)
     }
 
     /// Waits until `condition` holds.
@@ -140,8 +182,16 @@ impl Server {
     /// # Panics
     /// It can't be asked.
     pub fn terminate(&self) {
+        self.signal("TERM");
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Panics
+    /// It can't be sent.
+    pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
-        let status = Command::new("kill").args(["-TERM", &pid]).status().expect("kill");
+        let status = Command::new("kill").args([&format!("-{name}"), pid.as_str()]).status().expect("kill");
         assert!(status.success());
     }
 

@@ -66,7 +66,8 @@ fn frames_tell_of_sessions_pages_steps_and_components() {
     let components = engine["components"].as_array().expect("components");
     let kinds: Vec<&str> = components.iter().filter_map(|component| component["kind"].as_str()).collect();
     assert_eq!(kinds, ["scheduler", "batcher", "model", "backend", "engine", "kv", "sampling"]);
-    let chunk = components[1]["settings"].as_array().expect("settings").iter().find(|one| one["name"] == "chunk_tokens");
+    let chunk =
+        components[1]["settings"].as_array().expect("settings").iter().find(|one| one["name"] == "chunk_tokens");
     let chunk = chunk.expect("the batcher's setting");
     assert_eq!((&chunk["value"], &chunk["unit"]), (&json!("16"), &json!("tokens")));
     assert!(chunk["origin"].as_str().expect("an origin").contains("--batcher.chunk_tokens"), "{chunk}");
@@ -94,7 +95,10 @@ fn frames_tell_of_sessions_pages_steps_and_components() {
             rows.extend(step["rows"].as_array().expect("rows").iter().map(|row| (row[1].as_u64(), row[3].as_u64())));
         }
         let rates = &frame["rates"];
-        if rates["itl_p50_s"].is_number() && rates["generated_tokens_per_s"].as_f64() > Some(0.0) && reasons.contains("slots") {
+        if rates["itl_p50_s"].is_number()
+            && rates["generated_tokens_per_s"].as_f64() > Some(0.0)
+            && reasons.contains("slots")
+        {
             break;
         }
     }
@@ -106,7 +110,9 @@ fn frames_tell_of_sessions_pages_steps_and_components() {
     let mut short = View::open(&server, "?frames=2");
     let events: Vec<Value> = std::iter::from_fn(|| short.next()).collect();
     assert_eq!(events.iter().filter(|event| event["event"] == "frame").count(), 2, "as many as were asked for");
-    for (query, part) in [("?frames=0", "frames"), ("?frame=1", "unknown field `frame`"), ("?frames=x", "invalid digit")] {
+    for (query, part) in
+        [("?frames=0", "frames"), ("?frame=1", "unknown field `frame`"), ("?frames=x", "invalid digit")]
+    {
         let refused = server.get(&format!("/live{query}"));
         let message = refused.json()["error"]["message"].to_string();
         assert!(refused.status == 400 && message.contains(part), "{query}: {} {message}", refused.status);

@@ -33,8 +33,10 @@ fn every_file_of_the_page_is_served_guarded_and_holds_nothing_from_elsewhere() {
     let index = server.get("/");
     assert_eq!((index.status, index.header("content-type")), (200, Some("text/html; charset=utf-8")));
     assert!(is_guarded(&index), "{index:?}");
-    let mut wanted: BTreeSet<String> =
-        quoted_behind(&index.body, &["href=", "src="]).filter_map(|path| path.strip_prefix("page/")).map(str::to_owned).collect();
+    let mut wanted: BTreeSet<String> = quoted_behind(&index.body, &["href=", "src="])
+        .filter_map(|path| path.strip_prefix("page/"))
+        .map(str::to_owned)
+        .collect();
     let mut served = BTreeSet::new();
     while let Some(name) = wanted.pop_first() {
         let file = server.get(&format!("/page/{name}"));
@@ -54,7 +56,8 @@ fn every_file_of_the_page_is_served_guarded_and_holds_nothing_from_elsewhere() {
     }
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("setu-host/page");
     let files = std::fs::read_dir(folder).expect("the page's folder").map(|file| file.expect("a file").file_name());
-    let files: BTreeSet<String> = files.filter_map(|name| name.into_string().ok()).filter(|name| name != "index.html").collect();
+    let files: BTreeSet<String> =
+        files.filter_map(|name| name.into_string().ok()).filter(|name| name != "index.html").collect();
     assert_eq!(served, files, "what is there is used, and what is used is there");
     // The policy forbids what would stand in the page itself.
     for inline in ["<script>", "<style", " style=", " onclick=", " onload=", "javascript:"] {
@@ -96,7 +99,8 @@ fn people_chat_and_watch_in_a_browser() {
         let entry = entry.expect("a script");
         std::fs::copy(entry.path(), scripts.join(entry.file_name())).expect("a copy");
     }
-    let install = Command::new("npm").args(["ci", "--no-fund", "--no-audit"]).current_dir(&scripts).output().expect("npm");
+    let install =
+        Command::new("npm").args(["ci", "--no-fund", "--no-audit"]).current_dir(&scripts).output().expect("npm");
     assert!(install.status.success(), "{}", String::from_utf8_lossy(&install.stderr));
 
     let server = Server::start(&[&model]);

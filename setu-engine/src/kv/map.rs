@@ -107,8 +107,14 @@ mod tests {
         let tables = [table(&[0, 1]), table(&[1, 2])];
         let map = PageMap::new(&pool, tables.iter().enumerate().map(|(at, table)| (at as u32, table)));
         let held = |refs, holder| PageUse::Held { refs, holder };
-        let expected =
-            [(1, held(1, Some(0))), (1, held(2, Some(0))), (1, held(1, Some(1))), (1, held(1, None)), (1, PageUse::Cached), (3, PageUse::Free)];
+        let expected = [
+            (1, held(1, Some(0))),
+            (1, held(2, Some(0))),
+            (1, held(1, Some(1))),
+            (1, held(1, None)),
+            (1, PageUse::Cached),
+            (3, PageUse::Free),
+        ];
         assert_eq!(map.runs, expected.map(|(cells, page)| PageRun { cells, page }));
         assert_eq!((map.free_pages, map.cached_pages, map.shared_pages, map.cell_pages), (3, 1, 1, 1));
     }

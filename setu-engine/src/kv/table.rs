@@ -225,7 +225,10 @@ impl KvStore {
     }
 
     /// The pages of every group as a picture, where `tables` are the live sessions'.
-    pub fn maps<'a>(&self, tables: impl ExactSizeIterator<Item = &'a [GroupTable]> + DoubleEndedIterator + Clone) -> Vec<PageMap> {
+    pub fn maps<'a>(
+        &self,
+        tables: impl ExactSizeIterator<Item = &'a [GroupTable]> + DoubleEndedIterator + Clone,
+    ) -> Vec<PageMap> {
         let map = |(index, group): (usize, &Group)| PageMap {
             page_tokens: self.page_tokens,
             window_tokens: group.window.unwrap_or(0),

@@ -45,7 +45,10 @@ fn a_look_sees_sessions_with_their_reasons_and_pages_with_their_holders() {
     assert!(one.wait.is_none());
     let wait = two.wait.as_ref().expect("a reason");
     assert_eq!((two.id, two.state, wait.cause), (SessionId(2), SessionState::Waiting, WaitCause::Scheduler));
-    assert!(wait.reason.contains("pages"), "without a record the policy is asked for its reason all the same: {wait:?}");
+    assert!(
+        wait.reason.contains("pages"),
+        "without a record the policy is asked for its reason all the same: {wait:?}"
+    );
     let runs: Vec<_> = first.pages[0].runs.iter().map(|run| (run.cells, run.page)).collect();
     assert_eq!(runs, [(2, PageUse::Held { refs: 1, holder: Some(0) }), (7, PageUse::Free)]);
     assert_eq!((first.pages[0].page_tokens, first.stats.kv_pages_used), (4, 2));
@@ -59,7 +62,8 @@ fn shared_pages_and_sessions_that_share_a_prompt_are_told() {
     let mut rig = Rig::new(&full(), &Setup { steps_in_flight: 1, ..Setup::default() });
     rig.add(&ask(1).with(|params| params.n = 3));
     let first = seen(&mut rig, 0);
-    let causes: Vec<_> = first.sessions.iter().map(|session| session.wait.as_ref().map(|wait| (wait.cause, wait.by))).collect();
+    let causes: Vec<_> =
+        first.sessions.iter().map(|session| session.wait.as_ref().map(|wait| (wait.cause, wait.by))).collect();
     assert_eq!(causes[1..], [Some((WaitCause::Prompt, Some(SessionId(1)))); 2]);
     (0..2).for_each(|_| drop(rig.turn()));
     let later = seen(&mut rig, 0);
@@ -81,16 +85,21 @@ fn steps_are_kept_only_while_somebody_watches_and_only_the_latest() {
     rig.add(&ask(2));
     rig.run();
     let steps = seen(&mut rig, 0).steps;
-    let rows: Vec<_> = steps.iter().flat_map(|step| &step.rows).map(|row| (row.tokens, row.context, row.prefill)).collect();
+    let rows: Vec<_> =
+        steps.iter().flat_map(|step| &step.rows).map(|row| (row.tokens, row.context, row.prefill)).collect();
     let decodes = (20..24).map(|context| (1, context, false));
     assert_eq!(rows, [(8, 0, true), (8, 8, true), (4, 16, true)].into_iter().chain(decodes).collect::<Vec<_>>());
     assert!(steps.iter().all(|step| step.took_s > 0.0 && !step.failed));
-    let latencies = (steps.iter().map(|step| step.first_tokens_s.len()).sum::<usize>(), steps.iter().map(|step| step.gaps_s.len()).sum::<usize>());
+    let latencies = (
+        steps.iter().map(|step| step.first_tokens_s.len()).sum::<usize>(),
+        steps.iter().map(|step| step.gaps_s.len()).sum::<usize>(),
+    );
     assert_eq!(latencies, (1, 4));
     let (before, since) = (steps.len(), steps[2].number);
     assert_eq!(seen(&mut rig, since).steps.len(), before - 3, "those after the one that was named");
 
-    let long = |seed| Ask::new(&Rng::new(seed).tokens(2, VOCAB), 90).sampled(seed).with(|params| params.ignore_eos = true);
+    let long =
+        |seed| Ask::new(&Rng::new(seed).tokens(2, VOCAB), 90).sampled(seed).with(|params| params.ignore_eos = true);
     for seed in 0..14 {
         rig.add(&long(seed));
         rig.run();
@@ -121,8 +130,13 @@ fn preemptions_are_told_with_the_step_and_a_record_beside_is_complete() {
     assert!(preempted);
     ids.iter().zip([1, 2]).for_each(|(ids, seed)| rig.check(&ask(seed), ids, "looked at"));
     let lost: Vec<_> = seen(&mut rig, 0).steps.iter().flat_map(|step| step.preempted.clone()).collect();
-    assert_eq!(lost.iter().map(|lost| (lost.session, lost.cause, lost.by)).collect::<Vec<_>>(), [1, 2].map(|id| (SessionId(id), PreemptionCause::Operator, None)));
-    let told = |records: &mut Receiver<Record>| records.try_iter().filter(|record| matches!(record, Record::Planned(_) | Record::Preempted(_))).count();
+    assert_eq!(
+        lost.iter().map(|lost| (lost.session, lost.cause, lost.by)).collect::<Vec<_>>(),
+        [1, 2].map(|id| (SessionId(id), PreemptionCause::Operator, None))
+    );
+    let told = |records: &mut Receiver<Record>| {
+        records.try_iter().filter(|record| matches!(record, Record::Planned(_) | Record::Preempted(_))).count()
+    };
     let beside = told(&mut records);
 
     let (recorded, mut records) = channel();
@@ -130,7 +144,11 @@ fn preemptions_are_told_with_the_step_and_a_record_beside_is_complete() {
     rig.core.set_tracer(Some(Box::new(move |record| drop(recorded.send(record.clone())))));
     rig.add(&ask(1));
     rig.add(&ask(2));
-    rig.run_with(|rig, turns| if turns == 5 { rig.core.preempt_all() });
+    rig.run_with(|rig, turns| {
+        if turns == 5 {
+            rig.core.preempt_all()
+        }
+    });
     assert_eq!(beside, told(&mut records));
 }
 

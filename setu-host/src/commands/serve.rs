@@ -9,7 +9,7 @@ use setu_core::Error;
 use super::human_bytes;
 use crate::cli::Failure;
 use crate::config::{Origin, Settings, read};
-use crate::server::{self, ModelSource, ServerConfig, Source};
+use crate::server::{self, Keys, ModelSource, ServerConfig, Source};
 use crate::serving::Serving;
 use crate::settings::{Load, ServedModelConfig};
 use crate::setup::Setup;
@@ -17,6 +17,8 @@ use crate::setup::Setup;
 pub fn main(matches: &ArgMatches, setup: Setup, settings: Settings) -> Result<(), Failure> {
     let section = settings.section("server").ok_or_else(|| Error::internal("there is no section [server]"))?;
     let config: ServerConfig = section.read_own()?;
+    let keys = config.keys.as_deref().map(Keys::load).transpose();
+    let keys = keys.map_err(|report| Failure::Usage(report.to_string()))?;
     let name = matches.get_one::<String>("name").map(String::as_str);
     let trace = matches.get_one::<PathBuf>("trace");
     if trace.is_some() && !settings.models.is_empty() {
@@ -57,7 +59,7 @@ pub fn main(matches: &ArgMatches, setup: Setup, settings: Settings) -> Result<()
     }
     let told: Vec<String> = models.iter().map(describe).collect();
     let on_listening = move |address| eprintln!("{} on http://{address}", told.join(", "));
-    server::serve(models, config, on_listening, asked_to_stop())
+    server::serve(models, keys, config, on_listening, asked_to_stop())
 }
 
 /// Whether the model at the top was asked for, by the command line or a setting.

@@ -18,6 +18,10 @@ impl Digest {
         Digest(sha2::Sha256::digest(bytes).into())
     }
 
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// Reads a whole file, so it takes about a second a gigabyte.
     pub(super) fn of_file(path: &Path, progress: &mut dyn Progress) -> setu_core::Result<Digest> {
         let failed = |error| io_error(error, "read", path);

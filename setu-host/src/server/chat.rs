@@ -20,6 +20,7 @@ use super::body;
 use super::content::{Content, Object};
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Answer, Generation, Prompt, check, finish_name};
+use super::keys::Caller;
 use super::shared::{Accepted, Refused, StreamOptions, UsageBody, check as check_params, text_request};
 use super::structured::{self, ResponseFormat};
 use super::{sse, text};
@@ -240,9 +241,14 @@ struct ChatToken {
     (status = 200, content((ChatBody = "application/json"), (ChatChunk = "text/event-stream"))),
     (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)
 ))]
-pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
+pub async fn create(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<ChatRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    let served = app.model(request.model.as_deref()).await?;
+    let served = app.model(caller, request.model.as_deref()).await?;
     request.refuse()?;
     let params = request.params(&served.serving)?;
     let variables = request.chat_template_kwargs.clone().unwrap_or_default();

@@ -20,6 +20,7 @@ use super::body;
 use super::content::Prompts;
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Answer, Generation, Prompt, check, finish_name};
+use super::keys::Caller;
 use super::shared::{Refused, StreamOptions, UsageBody, check as check_params, text_request};
 use super::{sse, structured, text};
 use crate::request::RequestOptions;
@@ -97,9 +98,14 @@ struct Logprobs {
     (status = 200, content((CompletionBody = "application/json"), (CompletionBody = "text/event-stream"))),
     (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)
 ))]
-pub async fn create(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
+pub async fn create(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<CompletionRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    let served = app.model(request.model.as_deref()).await?;
+    let served = app.model(caller, request.model.as_deref()).await?;
     let serving = &served.serving;
     request.suffix.check("suffix", "text is continued at its end")?;
     let (params, prompt_only) = request.params(serving)?;

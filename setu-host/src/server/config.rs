@@ -1,5 +1,7 @@
 //! What can be set in `[server]`.
 
+use std::path::PathBuf;
+
 use setu_core::config::{Config, ConfigEnum};
 
 /// The HTTP server of `setu serve`.
@@ -23,6 +25,20 @@ pub struct ServerConfig {
     /// Most prompts in one request.
     #[config(default = 128, min = 1)]
     pub max_prompts: u32,
+    /// File of the keys that requests must bring, made by `setu keys add` and read again on SIGHUP; without it anybody may ask.
+    pub keys: Option<PathBuf>,
+    /// Most connections at once; more wait to be taken.
+    #[config(default = 4096, min = 1, max = 1048576)]
+    pub max_connections: u32,
+    /// How long a client may take to send a request's head, and then its body.
+    #[config(default = 30.0, min = 0.1, max = 86400.0, unit = "s")]
+    pub request_timeout_s: f64,
+    /// How long a client may take nothing of an answer that waits for it.
+    #[config(default = 60.0, min = 0.1, max = 86400.0, unit = "s")]
+    pub write_timeout_s: f64,
+    /// Most tokens of an answer that wait for a client that reads slowly; one that falls further behind is cut off.
+    #[config(default = 4096, min = 1, unit = "tokens")]
+    pub max_backlog: u32,
     /// Origins that browsers may call from; `*` is any.
     #[config(default)]
     pub cors_origins: Vec<String>,

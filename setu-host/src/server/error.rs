@@ -60,7 +60,6 @@ impl ApiError {
     pub fn body(&self) -> ErrorBody {
         let r#type = match self.status {
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
-            StatusCode::UNAUTHORIZED => "authentication_error",
             status if status.is_server_error() => "server_error",
             _ => "invalid_request_error",
         };

@@ -1,11 +1,17 @@
 //! Sessions of a request, and their events as one asynchronous stream.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
 use axum::http::StatusCode;
+use setu_core::Error;
 use setu_core::sampling::SamplingParams;
-use setu_engine::{Event, FinishReason, Handle, TokenLogprob, Usage};
-use tokio::sync::mpsc::{self, UnboundedReceiver};
+use setu_engine::{Event, EventSink, FinishReason, Finished, Handle, Timing, TokenLogprob, Usage};
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
 use super::error::ApiError;
+use super::limits::{Meter, Running};
 use super::metrics::Watch;
 use super::served::Served;
 use crate::request::RequestOptions;
@@ -18,14 +24,56 @@ pub struct Prompt {
 
 /// What runs for one request. Dropping it ends its sessions.
 ///
-/// Events wait here for a slow client: no more of them than the answers have tokens.
+/// Events wait here for a slow client, as many as `[server] max_backlog` allows; then the answer is cut off.
 pub struct Generation {
     handles: Vec<Handle>,
-    events: UnboundedReceiver<(usize, Event)>,
+    events: UnboundedReceiver<Sent>,
+    /// Tokens among them.
+    backlog: Arc<AtomicU32>,
     /// The event that told that the request was let in.
     first: Option<(usize, Event)>,
     unfinished: usize,
     watch: Watch,
+    /// Its place among those that the caller's key lets run.
+    #[expect(dead_code, reason = "it is held until all has ended")]
+    running: Option<Running>,
+}
+
+/// An event, of which choice it is, and when it came.
+type Sent = (usize, Instant, Event);
+
+/// Takes a session's events on the engine's thread.
+struct Sink {
+    sender: UnboundedSender<Sent>,
+    index: usize,
+    /// Tokens of the request that wait to be read, and the most that may.
+    backlog: Arc<AtomicU32>,
+    most: u32,
+    /// Charged with the tokens, whether or not they are read.
+    meter: Option<Arc<Meter>>,
+    is_cut: bool,
+}
+
+impl EventSink for Sink {
+    fn send(&mut self, event: Event) -> bool {
+        if self.is_cut {
+            return false;
+        }
+        let now = Instant::now();
+        if matches!(event, Event::Token(_)) {
+            self.meter.iter().for_each(|meter| meter.generated(now, 1));
+            if self.backlog.fetch_add(1, Ordering::Relaxed) >= self.most {
+                self.is_cut = true;
+                let error = Error::invalid("the answer is cut off: it is read too slowly, see [server] max_backlog");
+                let reason = FinishReason::Failed(error);
+                let (text, usage, timing) = (String::new(), Usage::default(), Timing::default());
+                let end = Event::Finished(Finished { reason, text, usage, timing });
+                let _ = self.sender.send((self.index, now, end));
+                return false;
+            }
+        }
+        self.sender.send((self.index, now, event)).is_ok()
+    }
 }
 
 impl Generation {
@@ -40,21 +88,39 @@ impl Generation {
         params: &SamplingParams,
         options: &RequestOptions,
     ) -> Result<Generation, ApiError> {
-        let watch = Watch::new(served, options);
+        let mut options = options.clone();
+        served.caller.apply(&mut options)?;
+        // Longer prompts than the model takes are refused, and not charged beyond that.
+        let longest = served.serving.engine().limits().max_model_len as usize;
+        let prompt_tokens: usize = prompts.iter().map(|prompt| prompt.tokens.len().min(longest)).sum();
+        let running = served.caller.admit(u32::try_from(prompt_tokens).unwrap_or(u32::MAX))?;
+        let meter = running.as_ref().map(|running| running.meter().clone());
         let (sender, events) = mpsc::unbounded_channel();
+        let backlog = Arc::new(AtomicU32::new(0));
+        let sessions = u32::try_from(prompts.len()).unwrap_or(u32::MAX).saturating_mul(params.n);
+        let most = served.max_backlog.saturating_mul(sessions);
         let mut handles = Vec::new();
         for prompt in prompts {
             let first = handles.len();
             let sink = |choice: u32| {
                 let (sender, index) = (sender.clone(), first + choice as usize);
-                let sink: Box<dyn setu_engine::EventSink> =
-                    Box::new(move |event: Event| sender.send((index, event)).is_ok());
+                let sink: Box<dyn EventSink> = Box::new(Sink {
+                    sender,
+                    index,
+                    backlog: backlog.clone(),
+                    most,
+                    meter: meter.clone(),
+                    is_cut: false,
+                });
                 sink
             };
-            handles.extend(served.serving.add_with(prompt.tokens, prompt.only, params.clone(), options, sink)?);
+            handles.extend(served.serving.add_with(prompt.tokens, prompt.only, params.clone(), &options, sink)?);
         }
         let unfinished = handles.len();
-        let mut generation = Generation { handles, events, first: None, unfinished, watch };
+        let tenant = served.caller.tenant();
+        let tenant = tenant.unwrap_or_else(|| served.serving.tenants().label(options.tenant.as_deref()));
+        let watch = Watch::new(served, tenant, unfinished);
+        let mut generation = Generation { handles, events, first: None, unfinished, watch, backlog, running };
         let first = generation.receive().await;
         if let Some((_, Event::Finished(finished))) = &first {
             check(&finished.reason)?;
@@ -98,12 +164,12 @@ impl Generation {
         if self.unfinished == 0 {
             return None;
         }
-        let (index, event) = match self.events.recv().await {
-            Some(received) => received,
-            // The engine is gone, and with it whoever would have finished.
-            None => return None,
-        };
-        self.watch.saw(index, &event);
+        // Where there is none the engine is gone, and with it whoever would have finished.
+        let (index, at, event) = self.events.recv().await?;
+        if matches!(event, Event::Token(_)) {
+            self.backlog.fetch_sub(1, Ordering::Relaxed);
+        }
+        self.watch.saw(index, at, &event);
         self.unfinished -= usize::from(matches!(event, Event::Finished(_)));
         Some((index, event))
     }

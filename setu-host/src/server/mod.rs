@@ -13,10 +13,13 @@ mod body;
 mod chat;
 mod completions;
 mod config;
+mod connections;
 mod content;
 mod error;
 mod fields;
 mod generation;
+mod keys;
+mod limits;
 mod live;
 mod metrics;
 mod models;
@@ -39,6 +42,9 @@ use tokio::net::TcpListener;
 pub use app::router;
 pub use config::{ServerConfig, UnknownFields};
 pub use fields::markdown;
+pub use keys::{Key, Keys, NewKey};
+pub use limits::Limits;
+pub use metrics::{METRICS, Metric, markdown as metrics_markdown};
 pub use openapi::document;
 pub use served::{Loader, ModelSource, Source};
 
@@ -51,6 +57,7 @@ use app::App;
 /// The address can't be listened on.
 pub fn serve(
     models: Vec<ModelSource>,
+    keys: Option<Keys>,
     config: ServerConfig,
     on_listening: impl FnOnce(SocketAddr),
     stop: impl Future<Output = ()> + Send + 'static,
@@ -67,18 +74,29 @@ pub fn serve(
         let address = format!("{}:{}", config.host, config.port);
         let listener = TcpListener::bind(&address).await;
         let listener = listener.map_err(|error| failed(&format!("{address} can't be listened on"), error))?;
-        on_listening(listener.local_addr().map_err(|error| failed("the address can't be read", error))?);
-        let app = Arc::new(App::new(models, config));
+        let address = listener.local_addr().map_err(|error| failed("the address can't be read", error))?;
+        if keys.is_none() && !address.ip().is_loopback() {
+            tracing::warn!(
+                %address,
+                "others than this machine can connect, and there are no keys: whoever can reach it may use it; see `setu keys add`"
+            );
+        }
+        let keys = keys.map(Arc::new);
+        if let Some(keys) = keys.clone() {
+            tokio::spawn(reload_on_hangup(keys));
+        }
+        on_listening(address);
+        let app = Arc::new(App::new(models, keys, config.clone()));
         let (draining, drained) = (app.clone(), tokio::sync::Notify::new());
         let drained = Arc::new(drained);
         let begun = drained.clone();
-        let served = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
+        let stop = async move {
             stop.await;
             draining.drain();
             begun.notify_one();
-        });
+        };
         tokio::select! {
-            result = served => result.map_err(|error| failed("the server stopped", error)),
+            () = connections::serve(listener, router(app), &config, stop) => Ok(()),
             () = async { drained.notified().await; tokio::time::sleep(drain).await } => {
                 tracing::warn!(drain_s = drain.as_secs_f64(), "requests that still run are cut off");
                 Ok(())
@@ -88,3 +106,23 @@ pub fn serve(
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
+
+/// Reads the file of keys again whenever the process is told to by SIGHUP.
+#[cfg(unix)]
+async fn reload_on_hangup(keys: Arc<Keys>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut signal) = signal(SignalKind::hangup()) else { return };
+    while signal.recv().await.is_some() {
+        let reading = keys.clone();
+        match tokio::task::spawn_blocking(move || reading.reload()).await {
+            Ok(Ok(count)) => tracing::info!(count, file = %keys.path().display(), "the keys were read again"),
+            Ok(Err(report)) => {
+                tracing::error!("the keys stay as they were, since the file of keys is refused: {report}")
+            }
+            Err(error) => tracing::error!(%error, "the keys stay as they were"),
+        }
+    }
+}
+
+#[cfg(not(unix))]
+async fn reload_on_hangup(_keys: Arc<Keys>) {}

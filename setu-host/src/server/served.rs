@@ -10,6 +10,8 @@ use axum::http::StatusCode;
 use tokio::sync::watch;
 
 use super::error::ApiError;
+use super::keys::Caller;
+use super::metrics;
 use crate::serving::Serving;
 
 /// Loads a model.
@@ -57,6 +59,10 @@ pub struct Served {
     /// The model's first name.
     pub model: Arc<str>,
     pub serving: Arc<Serving>,
+    /// Who chose it.
+    pub caller: Caller,
+    /// Most tokens of an answer that wait for its reader.
+    pub max_backlog: u32,
 }
 
 impl Models {
@@ -117,11 +123,9 @@ impl Models {
     ///
     /// # Errors
     /// There is none of this name, or it can't be loaded.
-    pub async fn serve(&self, asked: Option<&str>) -> Result<Served, ApiError> {
+    pub async fn load(&self, asked: Option<&str>) -> Result<(Arc<str>, Arc<Serving>), ApiError> {
         let model = self.find(asked)?;
-        let name = asked.unwrap_or(&model.name).to_owned();
-        let serving = model.serving().await?;
-        Ok(Served { name, model: model.name.clone(), serving })
+        Ok((model.name.clone(), model.serving().await?))
     }
 }
 
@@ -163,10 +167,14 @@ impl Model {
         let work = move || {
             let load = || model.load.as_ref().map_or_else(|| Err("it has no source".to_owned()), |load| load());
             let loaded = catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|_| Err("the load panicked".to_owned()));
-            let state = match loaded {
-                Ok(serving) => State::Loaded(Arc::new(serving)),
-                Err(why) => State::Failed(why.into()),
+            let (state, outcome) = match loaded {
+                Ok(serving) => (State::Loaded(Arc::new(serving)), "loaded"),
+                Err(why) => {
+                    tracing::error!(model = &*model.name, why, "a model can't be loaded");
+                    (State::Failed(why.into()), "failed")
+                }
             };
+            metrics::count_load(&model.name, outcome);
             model.state.send_replace(state);
         };
         if let Err(error) = std::thread::Builder::new().name("setu-load".to_owned()).spawn(work) {
@@ -206,7 +214,7 @@ mod tests {
         let models = Arc::new(models);
         let ask = || {
             let models = models.clone();
-            tokio::spawn(async move { models.serve(None).await.map(|_| ()).expect_err("it fails").message })
+            tokio::spawn(async move { models.load(None).await.map(|_| ()).expect_err("it fails").message })
         };
         let (first, second, third) = (ask(), ask(), ask());
         while !matches!(models.find(None).unwrap().state(), State::Loading) {

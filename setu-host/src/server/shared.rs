@@ -270,6 +270,7 @@ macro_rules! text_request {
                 let seconds = |ms: Option<f64>| ms.map_or(f64::INFINITY, |ms| ms * 1e-3);
                 crate::request::RequestOptions {
                     tenant: self.user.clone(),
+                    weight: None,
                     priority: self.priority,
                     class: self.class.unwrap_or(0),
                     deadlines: setu_engine::Deadlines {

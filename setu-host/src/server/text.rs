@@ -16,6 +16,7 @@ use super::body;
 use super::chat::{self, ChatMessage};
 use super::content::Object;
 use super::error::{ApiError, ErrorBody};
+use super::keys::Caller;
 use crate::serving::Serving;
 
 /// A text or a conversation whose tokens are asked for.
@@ -70,9 +71,14 @@ pub struct DetokenizeBody {
 #[utoipa::path(post, path = "/tokenize", request_body = TokenizeRequest, responses(
     (status = 200, body = TokenizeBody), (status = "4XX", body = ErrorBody)
 ))]
-pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
+pub async fn tokenize(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<TokenizeRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    let served = app.model(request.model.as_deref()).await?;
+    let served = app.model(caller, request.model.as_deref()).await?;
     let tokens = match (request.prompt, &request.messages) {
         (Some(text), None) => {
             let add_special = request.add_special_tokens.unwrap_or(true);
@@ -96,9 +102,14 @@ pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, bytes: By
 #[utoipa::path(post, path = "/detokenize", request_body = DetokenizeRequest, responses(
     (status = 200, body = DetokenizeBody), (status = "4XX", body = ErrorBody)
 ))]
-pub async fn detokenize(State(app): State<Arc<App>>, headers: HeaderMap, bytes: Bytes) -> Result<Response, ApiError> {
+pub async fn detokenize(
+    State(app): State<Arc<App>>,
+    caller: Caller,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<DetokenizeRequest>(&headers, &bytes, app.config.unknown_fields)?;
-    let served = app.model(request.model.as_deref()).await?;
+    let served = app.model(caller, request.model.as_deref()).await?;
     let prompt = decode(&served.serving, &request.tokens)?;
     Ok(app.warned(&unknown, Json(DetokenizeBody { prompt }).into_response()))
 }
