@@ -14,7 +14,7 @@ import urllib.request
 import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 MOST = 0.02
 
@@ -23,7 +23,11 @@ def convert(gguf: pathlib.Path, folder: pathlib.Path):
     if (folder / "model.safetensors").exists():
         return
     named = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    AutoModelForCausalLM.from_pretrained(**named, dtype=torch.float32).save_pretrained(folder)
+    read = AutoModelForCausalLM.from_pretrained(**named, dtype=torch.float32)
+    # One that was read from a GGUF file can't be written; its twin can.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**named), dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**named).save_pretrained(folder)
 
 
