@@ -8,7 +8,7 @@ const ARGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run
 export const launch = () => chromium.launch({ executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium', args: ARGS });
 
 /** Opens the page as somebody who was never there before. */
-export async function open(browser, base, { path = '', ready = true, before = async () => {}, ...options } = {}) {
+export async function open(browser, base, options = {}) {
   const context = await browser.newContext({ viewport: { width: 1440, height: 900 }, ...options });
   context.setDefaultTimeout(120_000);
   const page = await context.newPage();
@@ -21,9 +21,8 @@ export async function open(browser, base, { path = '', ready = true, before = as
   page.on('request', (request) => {
     if (!request.url().startsWith(base)) wrong.push(`asks elsewhere: ${request.url()}`);
   });
-  await before(page);
-  await page.goto(base + path);
-  if (ready) await page.waitForFunction(() => document.querySelector('#model').options.length > 0);
+  await page.goto(base);
+  await page.waitForFunction(() => document.querySelector('#model').options.length > 0);
   return {
     page,
     async close() {

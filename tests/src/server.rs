@@ -167,16 +167,6 @@ impl Server {
         }
     }
 
-    /// Memory of the server that is in the machine's, in KiB.
-    ///
-    /// # Panics
-    /// The kernel doesn't tell.
-    pub fn resident_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
-    }
-
     /// Asks the server to end.
     ///
     /// # Panics

@@ -44,12 +44,8 @@ impl View {
     }
 }
 
-/// A metric of the one model, or nothing.
 fn metric(server: &Server, name: &str) -> f64 {
-    let body = server.get("/metrics").body;
-    let is_labelled = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with('{'));
-    let value = body.lines().find(is_labelled).and_then(|line| line.rsplit_once(' '));
-    value.map_or(0.0, |(_, value)| value.parse().expect("a number"))
+    server.metric(name).unwrap_or(0.0)
 }
 
 fn viewers(server: &Server) -> f64 {
@@ -152,7 +148,7 @@ fn a_viewer_that_never_reads_slows_nobody_and_gathers_no_memory() {
     let asleep: Vec<TcpStream> = (0..12).map(|_| server.begin("GET", "/live", &[], "")).collect();
     server.wait_until("all look", |server| viewers(server) == 13.0);
     std::thread::sleep(Duration::from_secs(2));
-    let before_kib = server.resident_kib();
+    let before_kib = server.resident_bytes() / 1024;
     let (begun, mut frames, mut bytes) = (Instant::now(), 0, 0);
     while begun.elapsed() < Duration::from_secs(20) {
         let frame = reads.frame();
@@ -161,7 +157,7 @@ fn a_viewer_that_never_reads_slows_nobody_and_gathers_no_memory() {
         frames += 1;
     }
     let seconds = begun.elapsed().as_secs_f64();
-    let grown_kib = server.resident_kib().saturating_sub(before_kib);
+    let grown_kib = (server.resident_bytes() / 1024).saturating_sub(before_kib);
     assert!(frames as f64 > seconds, "one who reads gets frames: {frames} in {seconds:.1} s");
     let queued_kib = asleep.len() * bytes / 1024;
     assert!((grown_kib as usize) < queued_kib / 4, "{grown_kib} KiB more, where {queued_kib} KiB weren't read");

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use setu_tests::models::default_model_or_skip;
+use setu_tests::program::run;
 use setu_tests::server::{Reply, Server};
 
 /// Paths in double or single quotes behind any of `marks`.
@@ -104,8 +105,15 @@ fn people_chat_and_watch_in_a_browser() {
     assert!(install.status.success(), "{}", String::from_utf8_lossy(&install.stderr));
 
     let server = Server::start(&[&model]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let keys = folder.path().join("keys.toml");
+    let keys = keys.to_str().expect("UTF-8");
+    let key = run(&["keys", "add", "ann", "--server.keys", keys]);
+    let keyed = Server::start(&[&model, "--server.keys", keys]);
     let mut drive = Command::new("node");
     drive.arg(scripts.join("page.mjs")).arg(format!("http://{}/", server.address)).env("CHROMIUM", chromium);
+    drive.env("KEYED", format!("http://{}/", keyed.address));
+    drive.env("KEY", String::from_utf8(key.stdout).expect("UTF-8").trim());
     if std::env::var_os("SETU_UPDATE").is_some() {
         let shots = here.parent().expect("the workspace").join("docs/page");
         std::fs::create_dir_all(&shots).expect("a folder");

@@ -67,7 +67,7 @@ pub struct LiveQuery {
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum LiveEvent {
     Engine(LiveEngine),
-    Frame(LiveFrame),
+    Frame(Box<LiveFrame>),
     Busy(LiveBusy),
 }
 
@@ -347,7 +347,7 @@ async fn poll(watched: Watched, watch: Watch, frames: watch::Sender<Option<Frame
         };
         let Some(snapshot) = snapshot else { break };
         let frame = history.frame(&serving, snapshot, feed.strong_count());
-        frames.send_replace(Some(Frame::new(&LiveEvent::Frame(frame))));
+        frames.send_replace(Some(Frame::new(&LiveEvent::Frame(Box::new(frame)))));
         ticks.tick().await;
     }
     viewers.set(0.0);
