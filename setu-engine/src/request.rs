@@ -71,6 +71,11 @@ pub trait TextSink: Send + Sync {
 
     /// The text that was held back, once no more tokens come.
     fn finish(&mut self) -> String;
+
+    /// The stop string that ended the text, if one did.
+    fn stop(&self) -> Option<String> {
+        None
+    }
 }
 
 /// Where a session's events go.
@@ -132,6 +137,8 @@ pub struct Finished {
     pub reason: FinishReason,
     /// Text that was held back until now.
     pub text: String,
+    /// The stop string that ended it.
+    pub stop: Option<String>,
     pub usage: Usage,
     pub timing: Timing,
 }

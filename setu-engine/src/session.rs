@@ -109,13 +109,13 @@ impl Session {
         }
     }
 
-    /// The text that was held back; none if the sink panics.
-    pub fn finish_text(&mut self) -> String {
-        let Some(mut sink) = self.text.take() else { return String::new() };
-        catch_unwind(AssertUnwindSafe(|| sink.finish())).unwrap_or_else(|payload| {
+    /// The text that was held back, and the stop string that ended it; none if the sink panics.
+    pub fn finish_text(&mut self) -> (String, Option<String>) {
+        let Some(mut sink) = self.text.take() else { return Default::default() };
+        catch_unwind(AssertUnwindSafe(|| (sink.finish(), sink.stop()))).unwrap_or_else(|payload| {
             let error = text_failed(sink, payload);
             tracing::error!(session = %self.id, error = error.message(), "the rest of the text is lost");
-            String::new()
+            Default::default()
         })
     }
 

@@ -1,6 +1,8 @@
 //! What a request says besides its prompt and how to sample: whose it is, how urgent, when it is due, what form its
 //! answer has.
 
+use std::sync::Arc;
+
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 use setu_engine::grammar::Grammar;
 use setu_engine::request::Deadlines;
@@ -16,6 +18,8 @@ pub struct RequestOptions {
     pub deadlines: Deadlines,
     /// The form that answers must have.
     pub grammar: Option<Grammar>,
+    /// Special tokens that the answer's text shows, by their names.
+    pub shown: Arc<[u32]>,
 }
 
 impl RequestOptions {
@@ -54,6 +58,7 @@ impl RequestOptions {
                 total_s: seconds("deadline-ms"),
             },
             grammar: form(matches),
+            shown: Arc::default(),
         }
     }
 }

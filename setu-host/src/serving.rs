@@ -259,6 +259,18 @@ impl Serving {
         &self.tokenizer
     }
 
+    /// The model's chat template.
+    ///
+    /// # Errors
+    /// There is none, or it can't be read.
+    pub fn template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().map_err(Clone::clone)
+    }
+
+    pub fn model_config(&self) -> &ModelConfig {
+        &self.model.config
+    }
+
     pub fn tenants(&self) -> &Tenants {
         &self.tenants
     }
@@ -311,18 +323,9 @@ impl Serving {
     /// # Errors
     /// There is no template, or it fails.
     pub fn render_chat(&self, messages: &[Message]) -> Result<String> {
-        let template = self.template.as_ref().map_err(Clone::clone)?;
+        let template = self.template()?;
         let messages = messages.iter().map(|message| ChatValue::message(&message.role, &message.content)).collect();
         template.render(&ChatInput::new(messages))
-    }
-
-    /// Tokens of a conversation as its chat template is given it.
-    ///
-    /// # Errors
-    /// There is no template, or it fails.
-    pub fn encode_input(&self, input: &ChatInput) -> Result<Vec<u32>> {
-        let template = self.template.as_ref().map_err(Clone::clone)?;
-        self.tokenizer.encode(&template.render(input)?, EncodeOptions::RENDERED)
     }
 
     /// The text of tokens, special ones included.
@@ -362,6 +365,7 @@ impl Serving {
         let stops = StopMatcher::new(&params.stop, false)?;
         let text = (0..params.n).map(|_| {
             let detokenizer = Detokenizer::new(self.tokenizer.clone(), DetokenizeOptions::default());
+            let detokenizer = detokenizer.showing(options.shown.clone());
             let text: Box<dyn TextSink> = Box::new(TextStream::new(detokenizer, stops.clone()));
             text
         });

@@ -27,6 +27,40 @@ pub struct ModelConfig {
     pub max_model_len: Option<u32>,
     /// A file with the chat template to use in place of the checkpoint's.
     pub chat_template: Option<PathBuf>,
+    /// How the model writes calls of tools.
+    #[config(default = ToolFormat::Auto)]
+    pub tool_format: ToolFormat,
+    /// How the model marks the section in which it reasons before it answers.
+    #[config(default = ReasoningFormat::Auto)]
+    pub reasoning_format: ReasoningFormat,
+}
+
+/// How a model writes calls of tools.
+#[derive(ConfigEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ToolFormat {
+    /// Told from the chat template.
+    Auto,
+    /// Calls are not told from text, and tools are refused.
+    None,
+    /// `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, as Hermes and Qwen have it.
+    Hermes,
+    /// `{"name": …, "parameters": {…}}`, as Llama 3 has it.
+    Llama3,
+    /// `[TOOL_CALLS]` and a list, or a name and `[ARGS]`.
+    Mistral,
+}
+
+/// How a model marks the section in which it reasons.
+#[derive(ConfigEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReasoningFormat {
+    /// Told from the chat template and the vocabulary.
+    Auto,
+    /// Nothing is told from the answer.
+    None,
+    /// `<think>…</think>`
+    Think,
+    /// `[THINK]…[/THINK]`
+    Mistral,
 }
 
 /// A further model that `setu serve` offers, by the name in the table's header. Each model is an engine of its own, with its own

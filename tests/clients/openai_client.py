@@ -1,9 +1,11 @@
-"""The official OpenAI client, and LangChain over it, against a running server: BASE_URL MODEL."""
+"""OpenAI's own client against a running server, which takes four sessions at once: BASE_URL MODEL."""
 
+import json
 import sys
+import threading
+import time
 
 import openai
-from langchain_openai import ChatOpenAI
 
 base_url, model = sys.argv[1:]
 client = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
@@ -39,10 +41,32 @@ assert [choice.index for choice in several.choices] == [0, 1, 2]
 echoed = client.completions.create(model=model, prompt="One, two,", max_tokens=1, temperature=0, echo=True, logprobs=1)
 assert echoed.choices[0].text.startswith("One, two,") and echoed.choices[0].logprobs.token_logprobs[0] is None
 
+city = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Zürich", "Oslo"]}}, "required": ["city"], "additionalProperties": False}
+weather = {"type": "function", "function": {"name": "weather", "description": "Tells the weather.", "parameters": city, "strict": True}}
+asked = dict(greedy, tools=[weather], tool_choice={"type": "function", "function": {"name": "weather"}}, parallel_tool_calls=False)
+asked["max_completion_tokens"] = 60
+called = client.chat.completions.create(**asked).choices[0]
+call = called.message.tool_calls[0]
+assert called.finish_reason == "tool_calls" and called.message.content is None and len(called.message.tool_calls) == 1
+assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Zürich", "Oslo")
+with client.chat.completions.stream(**asked) as stream:
+    for event in stream:
+        pass
+    streamed = stream.get_final_completion().choices[0]
+assert streamed.message.tool_calls[0].function.arguments == call.function.arguments and streamed.finish_reason == "tool_calls"
+# The call goes back as it came, with its answer.
+answered = [*messages, called.message, {"role": "tool", "tool_call_id": call.id, "content": "Rain"}]
+assert client.chat.completions.create(**{**greedy, "messages": answered}, tools=[weather]).usage.completion_tokens
+
+form = {"type": "json_schema", "json_schema": {"name": "place", "schema": city, "strict": True}}
+place = client.chat.completions.create(**{**greedy, "max_completion_tokens": 60}, response_format=form)
+assert json.loads(place.choices[0].message.content)["city"] in ("Zürich", "Oslo")
+
 for changes, kind, param in [
     ({"temperature": 1000}, openai.BadRequestError, "temperature"),
     ({"model": "nobody"}, openai.NotFoundError, "model"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+    ({"functions": [{"name": "f"}]}, openai.BadRequestError, "functions"),
+    ({"tools": [weather, weather]}, openai.BadRequestError, "tools[1].function.name"),
     ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature"),
 ]:
     try:
@@ -56,7 +80,19 @@ for changes, kind, param in [
 with client.chat.completions.create(**{**greedy, "max_completion_tokens": 1000}, stream=True) as stream:
     next(iter(stream))
 
-chain = ChatOpenAI(base_url=base_url, api_key="none", model=model, temperature=0, max_tokens=12, max_retries=0)
-assert chain.invoke(messages).content == choice.message.content
-assert "".join(piece.content for piece in chain.stream(messages)) == choice.message.content
+# A full server says when to come again, and the client does.
+time.sleep(0.5)
+long = dict(greedy, max_completion_tokens=1500, stream=True, extra_body={"ignore_eos": True})
+streams = [client.chat.completions.create(**long) for _ in range(4)]
+for stream in streams:
+    next(iter(stream))
+try:
+    client.chat.completions.create(**greedy)
+except openai.RateLimitError as error:
+    assert int(error.response.headers["retry-after"]) >= 1
+else:
+    raise AssertionError("a full server takes more")
+threading.Timer(0.5, lambda: [stream.close() for stream in streams]).start()
+patient = client.with_options(max_retries=5)
+assert patient.chat.completions.create(**greedy).choices[0].message.content == choice.message.content
 print("ok")

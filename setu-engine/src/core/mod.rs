@@ -202,7 +202,7 @@ impl Core {
             for mut arrival in arrivals {
                 self.trace_refused(arrival.id, arrival.request.prompt.len(), &refusal);
                 let (usage, timing) = (Usage::default(), Timing::default());
-                let finished = Finished { reason: refusal.clone(), text: String::new(), usage, timing };
+                let finished = Finished { reason: refusal.clone(), text: String::new(), stop: None, usage, timing };
                 let _ = arrival.events.send(Event::Finished(finished));
             }
             return;
@@ -355,7 +355,7 @@ impl Core {
         self.stats.count_end(&reason);
         session.usage.generated_tokens = session.output.len() as u32;
         self.trace_ended(&session, &view, &reason);
-        let text = session.finish_text();
+        let (text, stop) = session.finish_text();
         tracing::debug!(session = %session.id, generated = session.usage.generated_tokens, ?reason, "the session ended");
         // An owner who is gone doesn't mind.
         let timing = Timing {
@@ -363,7 +363,7 @@ impl Core {
             first_token_s: session.first_token_s - view.arrival_s,
             end_s: self.clock.now_s() - view.arrival_s,
         };
-        let _ = session.events.send(Event::Finished(Finished { reason, text, usage: session.usage, timing }));
+        let _ = session.events.send(Event::Finished(Finished { reason, text, stop, usage: session.usage, timing }));
     }
 
     /// Lets the first of those that wait for the prompt of `leader`, which ended, compute it for the others.

@@ -65,6 +65,25 @@ impl Grammar {
         Grammar::JsonSchema(json!({"type": "object"}))
     }
 
+    /// It as the body of a rule in a grammar that holds more; `None` where it is a grammar by itself.
+    ///
+    /// # Errors
+    /// It isn't in order, as far as can be told without compiling it.
+    pub fn rule(&self) -> Result<Option<String>> {
+        self.top_level()?;
+        let quoted = |text: &String| Value::from(text.as_str()).to_string();
+        Ok(match self {
+            Grammar::JsonSchema(schema) => {
+                let mut schema = if schema.is_object() { schema.clone() } else { json!({"allOf": [schema]}) };
+                schema["x-guidance"] = json!({"whitespace_pattern": JSON_WHITESPACE});
+                Some(format!("%json {schema}"))
+            }
+            Grammar::Regex(regex) => Some(format!("/{}/", regex.replace("\\/", "/").replace('/', "\\/"))),
+            Grammar::Choice(texts) => Some(texts.iter().map(quoted).collect::<Vec<_>>().join(" | ")),
+            Grammar::Lark(_) => None,
+        })
+    }
+
     fn top_level(&self) -> Result<TopLevelGrammar> {
         match self {
             Grammar::JsonSchema(schema) => {

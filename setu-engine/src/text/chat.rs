@@ -139,6 +139,11 @@ impl ChatTemplate {
         &self.names
     }
 
+    /// Whether one of the templates holds `text`, such as a mark or the name of a variable.
+    pub fn mentions(&self, text: &str) -> bool {
+        self.environment.templates().any(|(_, template)| template.source().contains(text))
+    }
+
     /// Renders a prompt, to be encoded with [`EncodeOptions::RENDERED`](super::EncodeOptions::RENDERED).
     ///
     /// # Errors

@@ -32,6 +32,8 @@ impl Default for DetokenizeOptions {
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     skip_special: bool,
+    /// Special tokens that are not left out.
+    shown: Arc<[u32]>,
     /// A leading space, if the next text begins with one, is the tokenizer's own.
     drop_space: bool,
     utf8: Utf8Stream,
@@ -40,7 +42,14 @@ pub struct Detokenizer {
 impl Detokenizer {
     pub fn new(tokenizer: Arc<Tokenizer>, options: DetokenizeOptions) -> Detokenizer {
         let drop_space = options.at_start && tokenizer.begins_with_space();
-        Detokenizer { tokenizer, skip_special: options.skip_special, drop_space, utf8: Utf8Stream::default() }
+        let shown = Arc::default();
+        Detokenizer { tokenizer, skip_special: options.skip_special, shown, drop_space, utf8: Utf8Stream::default() }
+    }
+
+    /// Has the special tokens `shown` in the text by their names, such as marks of what a model writes.
+    #[must_use]
+    pub fn showing(self, shown: Arc<[u32]>) -> Detokenizer {
+        Detokenizer { shown, ..self }
     }
 
     /// Takes the next token and returns the text that became complete with it, which may be empty.
@@ -49,7 +58,7 @@ impl Detokenizer {
     /// For a token beyond the vocabulary; the stream goes on as if it had not come.
     pub fn push(&mut self, token: u32) -> Result<&str> {
         let mut bytes = self.tokenizer.token_bytes(token)?;
-        if self.skip_special && self.tokenizer.is_special(token) {
+        if self.skip_special && self.tokenizer.is_special(token) && !self.shown.contains(&token) {
             bytes = &[];
         }
         if self.drop_space && !bytes.is_empty() {

@@ -19,7 +19,8 @@ pub struct StopMatcher {
     text: String,
     /// How much of `text` went out with the last push.
     passed: usize,
-    stopped: bool,
+    /// The index of the stop string that ended the text.
+    stopped: Option<usize>,
 }
 
 /// Text to pass on.
@@ -52,14 +53,14 @@ impl StopMatcher {
             )));
         }
         let stops = (1..).zip(stops).map(|(number, stop)| Stop::new(number, stop.as_ref())).collect::<Result<_>>()?;
-        Ok(StopMatcher { stops, include_stop, text: String::new(), passed: 0, stopped: false })
+        Ok(StopMatcher { stops, include_stop, text: String::new(), passed: 0, stopped: None })
     }
 
     /// Takes the next piece of text. After a stop there is no more text.
     pub fn push(&mut self, text: &str) -> Passed<'_> {
         self.text.drain(..self.passed);
         self.passed = 0;
-        if self.stopped {
+        if self.stopped.is_some() {
             self.text.clear();
             return Passed { text: "", stopped: true };
         }
@@ -67,9 +68,10 @@ impl StopMatcher {
         self.text.push_str(text);
         for (at, byte) in text.bytes().enumerate() {
             // Each must see the byte, though one may have ended the text.
-            let completed = self.stops.iter_mut().filter_map(|stop| stop.advance(byte)).max();
-            if let Some(length) = completed {
-                self.stopped = true;
+            let advanced = self.stops.iter_mut().map(|stop| stop.advance(byte)).enumerate();
+            let completed = advanced.filter_map(|(index, length)| Some((length?, index))).max();
+            if let Some((length, index)) = completed {
+                self.stopped = Some(index);
                 let end = held + at + 1;
                 self.passed = if self.include_stop { end } else { end - length };
                 return Passed { text: &self.text[..self.passed], stopped: true };
@@ -80,11 +82,17 @@ impl StopMatcher {
         Passed { text: &self.text[..self.passed], stopped: false }
     }
 
+    /// The stop string that ended the text.
+    pub fn stop(&self) -> Option<&str> {
+        // It was made of a string, and is UTF-8 for that.
+        self.stopped.and_then(|index| std::str::from_utf8(&self.stops[index].string).ok())
+    }
+
     /// Ends the text: returns what was held back, unless a stop string ended it.
     pub fn finish(&mut self) -> &str {
         self.text.drain(..self.passed);
         self.passed = self.text.len();
-        if self.stopped {
+        if self.stopped.is_some() {
             return "";
         }
         self.stops.iter_mut().for_each(|stop| stop.matched = 0);

@@ -45,4 +45,8 @@ impl TextSink for TextStream {
     fn finish(&mut self) -> String {
         TextStream::finish(self).text
     }
+
+    fn stop(&self) -> Option<String> {
+        self.stops.stop().map(str::to_owned)
+    }
 }

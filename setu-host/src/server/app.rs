@@ -20,7 +20,7 @@ use super::config::{ServerConfig, UnknownFields};
 use super::error::ApiError;
 use super::keys::{self, Caller, Keys};
 use super::served::{ModelSource, Models, Served};
-use super::{chat, completions, limits, live, metrics, models, openapi, page, status, text};
+use super::{chat, completions, limits, live, messages, metrics, models, openapi, page, status, text};
 
 /// Names the fields of a request that nobody knew, where they are only warned of.
 pub const WARNING: HeaderName = HeaderName::from_static("x-setu-warning");
@@ -101,6 +101,8 @@ pub fn router(app: Arc<App>) -> Router {
     let keyed = Router::new()
         .route("/v1/chat/completions", route(post(chat::create)))
         .route("/v1/completions", route(post(completions::create)))
+        .route("/v1/messages", route(post(messages::create)))
+        .route("/v1/messages/count_tokens", route(post(messages::count_tokens)))
         .route("/v1/models", route(get(models::list)))
         .route("/v1/models/{*model}", route(get(models::retrieve)))
         .route("/tokenize", route(post(text::tokenize)))
@@ -126,6 +128,7 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(CatchPanicLayer::custom(|_| {
             ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the server failed at this request").into_response()
         }))
+        .layer(middleware::from_fn(messages::in_shape))
         .layer(cors)
         .with_state(app)
 }

@@ -117,7 +117,8 @@ pub async fn create(
     let firsts = prompts.iter().filter(|_| params.prompt_logprobs.is_some());
     let firsts = firsts.map(|prompt| prompt.tokens.first().copied()).collect();
     let prompts = prompts.into_iter().map(|prompt| Prompt { tokens: prompt.tokens, only: prompt_only }).collect();
-    let grammar = structured::check(&served.serving, "structured_outputs", request.structured()?).await?;
+    let form = request.structured()?.map(|grammar| ("structured_outputs", grammar));
+    let grammar = structured::check(&served.serving, form).await?;
     let options = RequestOptions { grammar, ..request.options() };
     let generation = Generation::start(&served, prompts, &params, &options).await?;
     let echo = Echo { texts: echoed, firsts, choices: params.n as usize };

@@ -85,6 +85,8 @@ impl IntoResponse for ApiError {
             tracing::error!(status = self.status.as_u16(), message = self.message, "a request failed");
         }
         let mut response = (self.status, Json(self.body())).into_response();
+        // Routes of another API tell it in another shape.
+        response.extensions_mut().insert(self.clone());
         if let Some(seconds) = self.retry_after_s {
             // Whole seconds are what the header takes.
             let seconds = HeaderValue::from(seconds.clamp(1.0, 86_400.0).ceil() as u64);

@@ -21,45 +21,79 @@ pub fn markdown() -> String {
         let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
         let about = operation["summary"].as_str().or(operation["description"].as_str()).unwrap_or_default();
         let _ = write!(page, "\n## `POST {path}`\n\n{}\n", about.trim_end());
-        let mut nested = Vec::new();
-        table(&mut page, &document, schema, &mut nested);
-        for (name, schema) in nested {
-            let _ = write!(page, "\n### `{name}`\n");
-            table(&mut page, &document, &schema, &mut Vec::new());
+        let mut objects = std::collections::VecDeque::from([Nested::of(schema)]);
+        while let Some(object) = objects.pop_front() {
+            if !object.name.is_empty() {
+                let _ = write!(page, "\n### {}\n", object.heading());
+            }
+            objects.extend(table(&mut page, &document, &object));
         }
     }
     page
 }
 
-fn table(page: &mut String, document: &Value, schema: &Value, nested: &mut Vec<(String, Value)>) {
+/// An object in a request: the request itself, or what one of its fields holds.
+struct Nested {
+    /// Names of fields, separated by dots.
+    name: String,
+    /// What its field `type` says, where it is one of several kinds.
+    kind: Option<String>,
+    schema: Value,
+}
+
+impl Nested {
+    fn of(schema: &Value) -> Nested {
+        Nested { name: String::new(), kind: None, schema: schema.clone() }
+    }
+
+    fn heading(&self) -> String {
+        let kind = self.kind.as_ref().map(|kind| format!(" of type `{kind}`")).unwrap_or_default();
+        format!("`{}`{kind}", self.name)
+    }
+}
+
+/// Writes the table of an object's fields; returns the objects in them.
+fn table(page: &mut String, document: &Value, object: &Nested) -> Vec<Nested> {
     page.push_str("\n| field | takes | what becomes of it |\n| --- | --- | --- |\n");
-    let schema = resolve(document, schema);
+    let schema = resolve(document, &object.schema);
     let required: Vec<&str> = schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let mut fields: Vec<(&String, &Value)> = schema["properties"].as_object().into_iter().flatten().collect();
     // What is provided first, and what must be given before that.
-    fields.sort_by_key(|(name, field)| (is_refused(document, field), !required.contains(&name.as_str())));
+    fields.sort_by_key(|(name, field)| (is_refused(document, field), !required.contains(&name.as_str()), *name));
+    let mut nested = Vec::new();
     for (name, field) in fields {
         if is_refused(document, field) {
             let _ = writeln!(page, "| `{name}` | | **refused**: known and not provided |");
             continue;
         }
-        let text = field["description"].as_str().unwrap_or_default().replace('\n', " ");
+        let text = field["description"].as_str().or(resolve(document, field)["description"].as_str());
+        let text = text.unwrap_or_default().replace('\n', " ");
         let must = if required.contains(&name.as_str()) { "**required.** " } else { "" };
-        let _ = writeln!(page, "| `{name}` | {} | {must}{text} |", takes(document, field).replace('|', "\\|"));
-        let inner = object_in(document, field);
-        if let Some(inner) = inner {
-            nested.push((name.clone(), inner));
-        }
+        let _ = writeln!(
+            page,
+            "| `{name}` | {} | {} |",
+            takes(document, field).replace('|', "\\|"),
+            (must.to_owned() + &text).trim_end()
+        );
+        let path = if object.name.is_empty() { name.clone() } else { format!("{}.{name}", object.name) };
+        nested.extend(objects_in(document, field).into_iter().map(|schema| {
+            let kinds = schema["properties"]["type"]["enum"].as_array();
+            let kind = kinds.filter(|kinds| kinds.len() == 1).and_then(|kinds| kinds[0].as_str()).map(str::to_owned);
+            Nested { name: path.clone(), kind, schema }
+        }));
     }
+    nested
 }
 
-/// The object that a field holds, itself or in an array.
-fn object_in(document: &Value, field: &Value) -> Option<Value> {
+/// The objects that a field holds, itself or in an array.
+fn objects_in(document: &Value, field: &Value) -> Vec<Value> {
     let field = resolve(document, field);
-    let alternatives = field["oneOf"].as_array().into_iter().flatten();
-    let candidates = [field, resolve(document, &field["items"])].into_iter().chain(alternatives);
-    let mut objects = candidates.map(|candidate| resolve(document, candidate));
-    objects.find(|candidate| candidate.get("properties").is_some()).cloned()
+    let several = ["oneOf", "anyOf"].into_iter().filter_map(|key| field[key].as_array()).flatten();
+    let within: Vec<&Value> = several.chain(field.get("items")).collect();
+    if field.get("properties").is_some() {
+        return vec![field.clone()];
+    }
+    within.into_iter().flat_map(|schema| objects_in(document, schema)).collect()
 }
 
 fn is_refused(document: &Value, field: &Value) -> bool {
@@ -76,8 +110,9 @@ fn takes(document: &Value, field: &Value) -> String {
     let field = resolve(document, field);
     let several = ["oneOf", "anyOf"].into_iter().find_map(|key| field[key].as_array());
     if let Some(several) = several {
-        let kinds: Vec<String> =
+        let mut kinds: Vec<String> =
             several.iter().map(|one| takes(document, one)).filter(|kind| kind != "null" && !kind.is_empty()).collect();
+        kinds.dedup();
         return kinds.join(" or ");
     }
     if let Some(values) = field["enum"].as_array() {

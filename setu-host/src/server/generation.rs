@@ -67,7 +67,7 @@ impl EventSink for Sink {
                 let error = Error::invalid("the answer is cut off: it is read too slowly, see [server] max_backlog");
                 let reason = FinishReason::Failed(error);
                 let (text, usage, timing) = (String::new(), Usage::default(), Timing::default());
-                let end = Event::Finished(Finished { reason, text, usage, timing });
+                let end = Event::Finished(Finished { reason, text, stop: None, usage, timing });
                 let _ = self.sender.send((self.index, now, end));
                 return false;
             }
@@ -135,6 +135,11 @@ impl Generation {
             Some(first) => Some(first),
             None => self.receive().await,
         }
+    }
+
+    /// The seed that repeats the answer of this index.
+    pub fn seed(&self, index: usize) -> u64 {
+        self.handles[index].seed
     }
 
     pub fn choices(&self) -> usize {
@@ -226,6 +231,7 @@ pub fn finish_name(reason: Option<&FinishReason>) -> &'static str {
     }
 }
 
-fn stopped() -> ApiError {
+/// The error of an answer that was left incomplete.
+pub fn stopped() -> ApiError {
     ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "the engine stopped before the answer was complete")
 }

@@ -3,7 +3,7 @@
 use axum::Json;
 use utoipa::OpenApi;
 
-use super::{chat, completions, live, metrics, models, page, status, text};
+use super::{chat, completions, live, messages, metrics, models, page, status, text};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -11,6 +11,8 @@ use super::{chat, completions, live, metrics, models, page, status, text};
     paths(
         chat::create,
         completions::create,
+        messages::create,
+        messages::count_tokens,
         models::list,
         models::retrieve,
         text::tokenize,

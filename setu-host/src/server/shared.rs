@@ -80,6 +80,8 @@ pub struct UsageBody {
     pub completion_tokens: u32,
     pub total_tokens: u32,
     pub prompt_tokens_details: PromptDetails,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_tokens_details: Option<CompletionDetails>,
 }
 
 /// Where a prompt's tokens came from.
@@ -87,6 +89,13 @@ pub struct UsageBody {
 pub struct PromptDetails {
     /// Those that were found in the prefix cache.
     pub cached_tokens: u32,
+}
+
+/// What an answer's tokens are.
+#[derive(Clone, Copy, Debug, Default, Serialize, ToSchema)]
+pub struct CompletionDetails {
+    /// Those of reasoning, with the marks around it.
+    pub reasoning_tokens: u32,
 }
 
 impl UsageBody {
@@ -279,6 +288,7 @@ macro_rules! text_request {
                         total_s: seconds(self.deadline_ms),
                     },
                     grammar: None,
+                    shown: std::sync::Arc::default(),
                 }
             }
         }

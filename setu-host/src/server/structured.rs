@@ -112,16 +112,16 @@ impl StructuredOutputs {
     }
 }
 
-/// Compiles what the field `param` asks for, so that what is wrong with it is told at once and by name.
+/// Compiles what a field asks for, so that what is wrong with it is told at once and by the field's name.
 ///
 /// # Errors
 /// The grammar is refused.
-pub async fn check(serving: &Arc<Serving>, param: &str, grammar: Option<Grammar>) -> Result<Option<Grammar>, ApiError> {
-    let Some(grammar) = grammar else { return Ok(None) };
+pub async fn check(serving: &Arc<Serving>, held: Option<(&'static str, Grammar)>) -> Result<Option<Grammar>, ApiError> {
+    let Some((field, grammar)) = held else { return Ok(None) };
     let compiling = (serving.clone(), grammar.clone());
     let compiled = blocking(move || compiling.0.grammar(&compiling.1)).await;
     match compiled {
         Ok(_) => Ok(Some(grammar)),
-        Err(error) => Err(ApiError { param: Some(param.to_owned()), ..error }),
+        Err(error) => Err(ApiError { param: Some(field.to_owned()), ..error }),
     }
 }

@@ -17,6 +17,7 @@ use super::chat::{self, ChatMessage};
 use super::content::Object;
 use super::error::{ApiError, ErrorBody};
 use super::keys::Caller;
+use super::tools::Tool;
 use crate::serving::Serving;
 
 /// A text or a conversation whose tokens are asked for.
@@ -33,6 +34,10 @@ pub struct TokenizeRequest {
     #[serde(default)]
     #[schema(value_type = Option<Vec<ChatMessage>>)]
     pub messages: Option<Vec<Object<ChatMessage>>>,
+    /// Tools that the conversation's answer may call; needs `messages`.
+    #[serde(default)]
+    #[schema(value_type = Option<Vec<Tool>>)]
+    pub tools: Option<Vec<Object<Tool>>>,
     /// Whether tokens that begin and end a prompt are added to a text; true where it isn't given.
     #[serde(default)]
     pub add_special_tokens: Option<bool>,
@@ -79,6 +84,9 @@ pub async fn tokenize(
 ) -> Result<Response, ApiError> {
     let body::Body { request, unknown } = body::read::<TokenizeRequest>(&headers, &bytes, app.config.unknown_fields)?;
     let served = app.model(caller, request.model.as_deref()).await?;
+    if request.tools.is_some() && request.messages.is_none() {
+        return Err(ApiError::invalid("tools", "`tools` needs `messages`"));
+    }
     let tokens = match (request.prompt, &request.messages) {
         (Some(text), None) => {
             let add_special = request.add_special_tokens.unwrap_or(true);
@@ -88,7 +96,7 @@ pub async fn tokenize(
             let message = "the chat template adds what `messages` need: leave `add_special_tokens` out";
             return Err(ApiError::invalid("add_special_tokens", message));
         }
-        (None, Some(messages)) => chat::encode(&served.serving, messages).await?,
+        (None, Some(messages)) => chat::encode(&served.serving, messages, request.tools).await?,
         _ => return Err(ApiError::invalid("prompt", "give either `prompt` or `messages`")),
     };
     let piece = |&token: &u32| served.serving.piece(token);
@@ -127,11 +135,11 @@ pub fn decode(serving: &Serving, tokens: &[u32]) -> Result<String, ApiError> {
 }
 
 /// Runs what takes long beside the threads that serve.
-pub async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> setu_core::Result<T> + Send + 'static,
+pub async fn blocking<T: Send + 'static, E: Into<ApiError> + Send + 'static>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, ApiError> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(result) => Ok(result?),
+        Ok(result) => result.map_err(E::into),
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
 }
