@@ -114,7 +114,7 @@ fn a_key_decides_tenant_weight_and_priority() {
     for (changes, param) in [(json!({"user": "ben"}), "user"), (json!({"priority": 6}), "priority")] {
         assert_eq!(error(&ask(&server, &ann, changes)), (403, "not_allowed".to_owned(), param.to_owned()));
     }
-    assert_eq!(ask(&server, &[("x-api-key", &ben)], json!({"priority": 900})).status, 200);
+    assert_eq!(ask(&server, &[("x-api-key", &ben)], json!({"priority": 6})).status, 200);
     let metrics = server.send("GET", "/metrics", &ann, "").body;
     for (tenant, tokens) in [("blue", 8), ("ben", 4)] {
         let line = metrics.lines().find(|line| {
@@ -219,10 +219,10 @@ fn what_is_wrong_with_a_file_of_keys_is_told_with_its_place() {
     let path = rig.path("keys.toml");
     let good = std::fs::read_to_string(&path).expect("read");
     let cases = [
-        (format!("{good}colour = 3\n"), ":4:1: unknown field `colour`"),
-        (format!("{good}weight = 0.0\n"), ":4:10: weight must be above 0"),
-        (format!("{good}max_concurrent = 0\n"), ":4:18: max_concurrent must be at least 1"),
-        (format!("{good}max_concurrent = -1\n"), ":4:18: "),
+        (format!("{good}colour = 3\n"), ":5:1: unknown field `colour`"),
+        (format!("{good}weight = 0.0\n"), ":5:10: weight must be above 0"),
+        (format!("{good}max_concurrent = 0\n"), ":5:18: max_concurrent must be at least 1"),
+        (format!("{good}max_concurrent = -1\n"), ":5:18: "),
         (format!("{good}\n{good}"), "two keys are called \"ann\""),
         ("[[key]]\nname = \"x\"\n".to_owned(), "missing field `sha256`"),
         ("[key".to_owned(), ":1:"),

@@ -27,16 +27,15 @@ fn connect(server: &Server) -> TcpStream {
     stream
 }
 
-/// What comes until the server closes the connection, and how long that took.
-fn rest(mut stream: TcpStream) -> (String, Duration) {
-    let begun = Instant::now();
+/// What comes until the server closes the connection.
+fn rest(mut stream: TcpStream) -> String {
     let mut text = Vec::new();
     match stream.read_to_end(&mut text) {
         Ok(_) => {}
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
         Err(error) => panic!("it stays open: {error}"),
     }
-    (String::from_utf8_lossy(&text).into_owned(), begun.elapsed())
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// A stream of far more than the system's buffers hold.
@@ -71,7 +70,7 @@ fn who_reads_nothing_is_cut_off_and_slows_nobody() {
     });
     let grown = server.resident_bytes().saturating_sub(before);
     assert!(grown < 96 << 20, "{grown} bytes more");
-    let (text, _) = rest(slow);
+    let text = rest(slow);
     assert!(
         text.contains("read too slowly") && !text.contains("[DONE]"),
         "…{}",
@@ -84,10 +83,13 @@ fn who_reads_nothing_is_cut_off_and_slows_nobody() {
 #[test]
 fn a_connection_on_which_nothing_moves_is_closed() {
     let (server, _folder) = tiny(&["--server.request_timeout_s", "1", "--server.write_timeout_s", "1"]);
-    let within = |(text, took): (String, Duration)| {
+    let within = |begun: Instant, stream: TcpStream| {
+        let text = rest(stream);
+        let took = begun.elapsed();
         assert!((Duration::from_millis(500)..Duration::from_secs(20)).contains(&took), "{took:?}: {text}");
         text
     };
+    let begun = Instant::now();
     // A head without an end, one that comes a byte at a time, and a connection that says nothing.
     let mut head = connect(&server);
     head.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n").expect("sent");
@@ -105,19 +107,21 @@ fn a_connection_on_which_nothing_moves_is_closed() {
     });
     let silent = connect(&server);
     for stream in [head, dripping, silent] {
-        within(rest(stream));
+        within(begun, stream);
     }
     assert!(drip.join().expect("it ends"), "the connection is closed while it is written to");
 
     // A body that doesn't come is told, since its head has.
+    let begun = Instant::now();
     let mut body = connect(&server);
     body.write_all(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{").expect("sent");
-    let told = within(rest(body));
+    let told = within(begun, body);
     assert!(told.starts_with("HTTP/1.1 408 ") && told.contains("within 1 s"), "{told}");
     // One that was answered and asks for nothing more.
+    let begun = Instant::now();
     let mut idle = connect(&server);
     idle.write_all(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n").expect("sent");
-    assert!(within(rest(idle)).starts_with("HTTP/1.1 200 "));
+    assert!(within(begun, idle).starts_with("HTTP/1.1 200 "));
 
     // An answer that isn't read.
     let mut unread = server.begin("POST", COMPLETIONS, &JSON, &flood());
@@ -138,7 +142,7 @@ fn connections_beyond_the_limit_wait_for_their_turn() {
     assert!(matches!(early, Err(ErrorKind::WouldBlock | ErrorKind::TimedOut)), "{early:?}");
     held.pop();
     next.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
-    assert!(rest(next).0.starts_with("HTTP/1.1 200 "));
+    assert!(rest(next).starts_with("HTTP/1.1 200 "));
 }
 
 #[test]
@@ -155,7 +159,7 @@ fn many_streams_end_as_they_should_whoever_leaves() {
                     client.read_exact(&mut [0; 200]).expect("a beginning");
                     return None;
                 }
-                let (text, _) = rest(client);
+                let text = rest(client);
                 assert!(text.contains("\"finish_reason\":\"length\"") && text.contains("data: [DONE]"), "{text}");
                 Some(())
             })

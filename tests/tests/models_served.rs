@@ -69,13 +69,14 @@ fn a_request_names_its_model_and_the_first_is_the_default() {
     assert_eq!(text(&ask(&server, Value::Null)), one);
     assert_eq!(text(&ask(&server, json!("default"))), one);
     // Several ask at once for the one that isn't loaded, and the other answers meanwhile.
+    let server = &server;
     let others: Vec<String> = std::thread::scope(|scope| {
-        let ask = |model: &'static str| scope.spawn(|| text(&ask(&server, json!(model))));
+        let ask = |model: &'static str| scope.spawn(move || text(&ask(server, json!(model))));
         ["two", "two", "one", "two"].map(ask).into_iter().map(|asked| asked.join().expect("an answer")).collect()
     });
     assert_ne!(others[0], one, "they are different models");
     assert_eq!(others, [&others[0], &others[0], &one, &others[0]].map(String::as_str));
-    assert_eq!(statuses(&server), known("loaded"));
+    assert_eq!(statuses(server), known("loaded"));
     assert_eq!(server.get("/v1/models/two").json()["max_model_len"], 512);
 
     // Each has its own components, limits and ways of sampling.
@@ -101,7 +102,7 @@ fn a_request_names_its_model_and_the_first_is_the_default() {
     for path in ["/health", "/ready"] {
         assert_eq!(server.get(path).status, 200);
     }
-    let none = ask(&server, json!("three"));
+    let none = ask(server, json!("three"));
     assert_eq!((none.status, &none.json()["error"]["code"]), (404, &json!("model_not_found")));
     assert!(none.body.contains("there is one, default, two"), "{}", none.body);
 }

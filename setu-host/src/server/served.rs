@@ -199,10 +199,9 @@ mod tests {
         let counted = count.clone();
         let load: Loader = Box::new(move || {
             counted.fetch_add(1, Ordering::SeqCst);
-            match words.lock().expect("one load at a time").recv().expect("a word") {
-                "panic" => panic!("as it was told"),
-                word => Err(word.to_owned()),
-            }
+            let word = words.lock().expect("one load at a time").recv().expect("a word");
+            assert_ne!(word, "panic", "as it was told");
+            Err(word.to_owned())
         });
         let source = ModelSource { name: "late".to_owned(), source: Source::FirstUse(load) };
         (Models::new(vec![source], &[]), sender, count)
