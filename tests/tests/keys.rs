@@ -238,7 +238,7 @@ fn what_is_wrong_with_a_file_of_keys_is_told_with_its_place() {
     std::fs::write(&path, &good).expect("written");
     for (args, part) in [
         (&["keys", "add", "ann", "--server.keys", &path][..], "two keys are called \"ann\""),
-        (&["keys", "add", "ben", "--weight", "-1", "--server.keys", &path], "weight"),
+        (&["keys", "add", "ben", "--weight", "0", "--server.keys", &path], "weight"),
         (&["keys", "list"], "[server] keys"),
     ] {
         let output = run(args);

@@ -128,7 +128,11 @@ fn models_page(tables: &ModelTables) -> String {
         let _ = writeln!(page, "{} = {}", field.name, value.map_or_else(|| "…".to_owned(), |value| toml_text(&value)));
     }
     let _ = write!(page, "\n[{MODELS}.big.{identity}]\n{required} = \"./big.gguf\"\n```\n\n");
-    page += &own.reference(&format!("{MODELS}.<name>"), 2);
+    page += "Such a table stands in the file alone: there are neither flags nor variables for it.\n\n";
+    let is_of_other_layers = |line: &str| line.starts_with("- Flag: ") || line.starts_with("- Environment: ");
+    for line in own.reference(MODELS, 2).lines().filter(|line| !is_of_other_layers(line)) {
+        let _ = writeln!(page, "{line}");
+    }
     with_one_newline(page)
 }
 

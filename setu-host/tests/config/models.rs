@@ -75,10 +75,10 @@ fn of_a_model_is_shown_what_differs() {
         ["models.small.model.dtype", "\"auto\"", "default"],
         ["models.small.engine.seed", "4", "setu.toml:14:8"],
         ["models.big.load", "\"first_use\"", "setu.toml:17:8"],
-        ["models.big.model.type", "\"llama\"", "setu.toml:18:31"],
+        ["models.big.model.type", "\"llama\"", "setu.toml:18:30"],
         ["models.big.model.name", "\"b\"", "setu.toml:18:18"],
         ["models.big.model.dtype", "\"auto\"", "default"],
-        ["models.big.model.rope_factor", "2", "setu.toml:18:54"],
+        ["models.big.model.rope_factor", "2", "setu.toml:18:53"],
     ];
     assert_eq!(of_models[..9], expected);
     assert_eq!(of_models[9][0], "models.big.scheduler.type");
