@@ -105,7 +105,9 @@ impl Conversation {
         };
         let opened = dialect.reasoning.is_some_and(|marks| text.trim_end().ends_with(marks.open));
         let token = |mark: &str| special_token(tokenizer, mark);
-        let held = self.held(calls, dialect.reasoning.map(|marks| (marks, opened)), &token)?;
+        // Where the prompt closed the section there is none to come.
+        let to_come = dialect.reasoning.filter(|marks| !text.trim_end().ends_with(marks.close));
+        let held = self.held(calls, to_come.map(|marks| (marks, opened)), &token)?;
         let names = calls.map(|_| Arc::new(self.functions.iter().map(|function| function.name.clone()).collect()));
         Ok(Prepared {
             tokens: tokenizer.encode(&text, EncodeOptions::RENDERED)?,
