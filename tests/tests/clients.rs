@@ -52,7 +52,8 @@ fn server(test: &str) -> Option<Server> {
     let model = default_model_or_skip("clients")?;
     let template = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/templates/hermes.jinja");
     let template = template.to_str().expect("UTF-8");
-    let names = ["--server.model_names", "served", "--engine.max_queue", "4"];
+    // What the small model reasons would go on for long.
+    let names = ["--server.model_names", "served", "--engine.max_queue", "4", "--model.reasoning_format", "none"];
     Some(Server::start(&[&[model.as_str(), "--model.chat_template", template], &names[..]].concat()))
 }
 

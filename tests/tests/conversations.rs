@@ -217,7 +217,8 @@ fn tools_and_calls_are_written_by_the_models_template() {
 fn calls_that_must_be_made_are_made() {
     let Some(model) = default_model_or_skip("tool calls") else { return };
     for format in ["hermes", "llama3", "mistral"] {
-        let server = Server::start(&[&model, "--model.chat_template", &template(), "--model.tool_format", format]);
+        let ways = ["--model.tool_format", format, "--model.reasoning_format", "none"];
+        let server = Server::start(&[&[model.as_str(), "--model.chat_template", &template()], &ways[..]].concat());
         for (changes, only) in [
             (json!({"tool_choice": "required", "parallel_tool_calls": false}), None),
             (
@@ -366,7 +367,7 @@ fn anthropics_messages_are_answered() {
     let tools = json!([{"name": "weather", "input_schema": schema()}, {"name": "now", "input_schema": {"type": "object", "properties": {},
         "additionalProperties": false}}]);
     let choice = json!({"type": "any", "disable_parallel_tool_use": true});
-    let request = message(json!({"tools": tools, "tool_choice": choice}));
+    let request = message(json!({"tools": tools, "tool_choice": choice, "thinking": {"type": "disabled"}}));
     let called = server.post(MESSAGES, &request);
     assert_eq!(called.status, 200, "{}", called.body);
     let called = called.json();

@@ -1,6 +1,7 @@
 //! A conversation on its way to the engine, and the answer on its way back, whichever API it came by.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde_json::{Map, Value};
 use setu_core::Error;
@@ -105,7 +106,9 @@ impl Conversation {
         };
         let opened = dialect.reasoning.is_some_and(|marks| text.trim_end().ends_with(marks.open));
         let token = |mark: &str| special_token(tokenizer, mark);
-        let held = self.held(calls, dialect.reasoning.map(|marks| (marks, opened)), &token)?;
+        // Where the prompt closed the section there is none to come.
+        let to_come = dialect.reasoning.filter(|marks| !text.trim_end().ends_with(marks.close));
+        let held = self.held(calls, to_come.map(|marks| (marks, opened)), &token)?;
         let names = calls.map(|_| Arc::new(self.functions.iter().map(|function| function.name.clone()).collect()));
         Ok(Prepared {
             tokens: tokenizer.encode(&text, EncodeOptions::RENDERED)?,
@@ -160,8 +163,10 @@ impl Conversation {
 
     /// The prompt. What the template would leave out in silence is refused.
     fn render(&self, template: &ChatTemplate) -> Result<String, ApiError> {
+        let now = SystemTime::now();
         let rendered = |messages: &[Value], with_tools: bool| {
             let mut input = ChatInput::new(messages.iter().cloned().map(ChatValue::from).collect());
+            input.now = now;
             let tools = || self.functions.iter().map(|function| ChatValue::from(function.value())).collect();
             input.tools = (with_tools && !self.functions.is_empty()).then(tools);
             input.variables = self.variables.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
