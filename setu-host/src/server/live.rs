@@ -22,7 +22,7 @@ use setu_engine::kv::{PageMap, PageUse};
 use setu_engine::live::{Snapshot, Watch, WatchedSession, WatchedStep};
 use setu_engine::trace::Wait;
 use tokio::sync::{oneshot, watch};
-use utoipa::{IntoParams, ToSchema};
+use utoipa::ToSchema;
 
 use super::app::App;
 use super::error::{ApiError, ErrorBody};
@@ -49,7 +49,7 @@ const MOST_RUNS: usize = 4096;
 const MOST_GAPS: usize = 1 << 15;
 
 /// Whose engine to look at, and how long.
-#[derive(Debug, Deserialize, IntoParams)]
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub struct LiveQuery {
