@@ -1,6 +1,6 @@
 //! `setu keys add|list`: the file of keys that `setu serve` asks for.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use clap::{Arg, ArgMatches, Command, value_parser};
 use serde_json::{Value, json};
@@ -46,7 +46,7 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
     if name == "add" { add(matches, &path) } else { list(matches, &path) }
 }
 
-fn add(matches: &ArgMatches, path: &PathBuf) -> Result<(), Failure> {
+fn add(matches: &ArgMatches, path: &Path) -> Result<(), Failure> {
     let text = |name: &str| matches.get_one::<String>(name).cloned();
     let number = |name: &str| matches.get_one::<u32>(name).copied();
     let name = text("name").unwrap_or_default();
@@ -68,7 +68,7 @@ fn add(matches: &ArgMatches, path: &PathBuf) -> Result<(), Failure> {
     Ok(())
 }
 
-fn list(matches: &ArgMatches, path: &PathBuf) -> Result<(), Failure> {
+fn list(matches: &ArgMatches, path: &Path) -> Result<(), Failure> {
     let keys = Keys::load(path).map_err(|report| Failure::Usage(report.to_string()))?.all();
     let row = |key: &crate::server::Key| {
         let limits = key.meter.limits;
