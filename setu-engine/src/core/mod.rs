@@ -290,6 +290,8 @@ impl Core {
     /// One turn: plans and submits a step if the backend takes one, and waits for the oldest where it is due.
     pub fn turn(&mut self) -> Turn {
         if self.sessions.is_empty() && self.flights.is_empty() {
+            // The latest plan is of sessions that are gone.
+            self.planned.clear();
             self.answer_looks();
             return Turn::Idle { until_s: f64::INFINITY };
         }

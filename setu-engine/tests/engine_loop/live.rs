@@ -58,6 +58,24 @@ fn a_look_sees_sessions_with_their_reasons_and_pages_with_their_holders() {
 }
 
 #[test]
+fn an_engine_whose_latest_plan_is_of_sessions_that_are_gone_answers() {
+    for steps_in_flight in [1, 2] {
+        let mut rig = Rig::new(&full(), &Setup { steps_in_flight, ..Setup::default() });
+        let ids = rig.add(&ask(1));
+        while !rig.has_ended(ids[0]) {
+            rig.turn();
+        }
+        assert!(seen(&mut rig, 0).sessions.is_empty());
+        let ids = rig.add(&ask(2));
+        rig.turn();
+        rig.core.abort(ids[0]);
+        assert!(seen(&mut rig, 0).sessions.is_empty(), "the step in flight is of nobody");
+        rig.settle();
+        assert!(seen(&mut rig, 0).sessions.is_empty());
+    }
+}
+
+#[test]
 fn shared_pages_and_sessions_that_share_a_prompt_are_told() {
     let mut rig = Rig::new(&full(), &Setup { steps_in_flight: 1, ..Setup::default() });
     rig.add(&ask(1).with(|params| params.n = 3));
