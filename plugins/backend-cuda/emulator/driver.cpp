@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <thread>
 
 using Result = int;
 using Address = unsigned long long;
@@ -30,6 +31,8 @@ enum : Result {
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
+    CAPTURE_UNSUPPORTED = 900,
+    ILLEGAL_STATE = 401,
     ILLEGAL_ADDRESS = 700,
 };
 
@@ -38,8 +41,21 @@ constexpr unsigned char GUARD = 0xA5;
 constexpr unsigned char FRESH = 0xCD;
 constexpr size_t MAX_SHARED = 227 << 10;
 
+using Work = std::function<void()>;
+
 struct Stream {
-    std::deque<std::function<void()>> queue;
+    std::deque<Work> queue;
+    // Where work goes instead while it is captured.
+    std::vector<Work> *captured = nullptr;
+    std::thread::id capturing;
+
+    void push(Work work) {
+        if (captured) {
+            captured->push_back(std::move(work));
+        } else {
+            queue.push_back(std::move(work));
+        }
+    }
 };
 
 struct Event {
@@ -111,6 +127,16 @@ void drain(Stream &stream) {
         work();
     }
     check_guards();
+}
+
+// Whether this thread captures a stream: what waits for a device is refused then.
+bool is_capturing() {
+    for (Stream *stream : streams) {
+        if (stream->captured && stream->capturing == std::this_thread::get_id()) {
+            return true;
+        }
+    }
+    return false;
 }
 
 Result allocate(Address *place, size_t bytes) {
@@ -197,6 +223,9 @@ Result cuStreamCreate(void **stream, unsigned) {
 
 Result cuStreamSynchronize(void *stream) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     drain(stream_of(stream));
     return fault;
 }
@@ -235,6 +264,9 @@ Result cuEventRecord(void *handle, void *stream) {
 
 Result cuEventSynchronize(void *handle) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     Event *event = static_cast<Event *>(handle);
     while (!event->recorded && !event->stream->queue.empty()) {
         auto work = std::move(event->stream->queue.front());
@@ -256,12 +288,18 @@ Result cuEventElapsedTime(float *milliseconds, void *start, void *end) {
 
 Result cuMemAlloc_v2(Address *place, size_t bytes) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     return allocate(place, bytes);
 }
 
 // As the driver's, it waits for all work first.
 Result cuMemFree_v2(Address place) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     for (Stream *stream : streams) {
         drain(*stream);
     }
@@ -294,13 +332,13 @@ Result cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *st
         return INVALID_VALUE;
     }
     if (is_pinned(from)) {
-        stream_of(stream).queue.push_back([=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
+        stream_of(stream).push([=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
         return SUCCESS;
     }
     // The driver stages memory that isn't pinned before it returns.
     auto staged = std::make_shared<std::vector<char>>(static_cast<const char *>(from),
                                                       static_cast<const char *>(from) + bytes);
-    stream_of(stream).queue.push_back([=] { memcpy(reinterpret_cast<void *>(to), staged->data(), bytes); });
+    stream_of(stream).push([=] { memcpy(reinterpret_cast<void *>(to), staged->data(), bytes); });
     return SUCCESS;
 }
 
@@ -309,7 +347,7 @@ Result cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, void *stream) 
     if (!is_inside(from, bytes)) {
         return INVALID_VALUE;
     }
-    stream_of(stream).queue.push_back([=] { memcpy(to, reinterpret_cast<void *>(from), bytes); });
+    stream_of(stream).push([=] { memcpy(to, reinterpret_cast<void *>(from), bytes); });
     if (!is_pinned(to)) {
         drain(stream_of(stream));
     }
@@ -321,7 +359,7 @@ Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void *stream
     if (!is_inside(to, bytes) || !is_inside(from, bytes)) {
         return INVALID_VALUE;
     }
-    stream_of(stream).queue.push_back(
+    stream_of(stream).push(
         [=] { memmove(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); });
     return SUCCESS;
 }
@@ -368,7 +406,7 @@ Result cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned g
     }
     cuemu::Launch launch{{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared};
     cuemu::Kernel *kernel = function->kernel;
-    stream_of(stream).queue.push_back([launch, kernel, values] {
+    stream_of(stream).push([launch, kernel, values] {
         std::vector<void *> places;
         for (auto &value : *values) {
             places.push_back(value.data());
@@ -378,12 +416,52 @@ Result cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned g
     return SUCCESS;
 }
 
+Result cuStreamBeginCapture_v2(void *stream, int) {
+    Guard guard(lock);
+    Stream &captured = stream_of(stream);
+    if (captured.captured) {
+        return ILLEGAL_STATE;
+    }
+    captured.captured = new std::vector<Work>;
+    captured.capturing = std::this_thread::get_id();
+    return SUCCESS;
+}
+
+Result cuStreamEndCapture(void *stream, void **graph) {
+    Guard guard(lock);
+    Stream &captured = stream_of(stream);
+    if (!captured.captured) {
+        return ILLEGAL_STATE;
+    }
+    *graph = captured.captured;
+    captured.captured = nullptr;
+    return SUCCESS;
+}
+
+Result cuGraphInstantiateWithFlags(void **instance, void *graph, unsigned long long) {
+    *instance = new std::vector<Work>(*static_cast<std::vector<Work> *>(graph));
+    return SUCCESS;
+}
+
+Result cuGraphLaunch(void *instance, void *stream) {
+    Guard guard(lock);
+    for (const Work &work : *static_cast<std::vector<Work> *>(instance)) {
+        stream_of(stream).push(work);
+    }
+    return SUCCESS;
+}
+
+Result cuGraphDestroy(void *graph) { return delete static_cast<std::vector<Work> *>(graph), SUCCESS; }
+Result cuGraphExecDestroy(void *instance) { return delete static_cast<std::vector<Work> *>(instance), SUCCESS; }
+
 Result cuGetErrorName(Result error, const char **name) {
     switch (error) {
     case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
     case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
     case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
     case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
+    case CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+    case ILLEGAL_STATE: *name = "CUDA_ERROR_ILLEGAL_STATE"; break;
     case ILLEGAL_ADDRESS: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;
     default: *name = "CUDA_ERROR_UNKNOWN";
     }

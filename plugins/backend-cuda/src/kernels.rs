@@ -26,8 +26,12 @@ const HEADERS: &[(&str, &str)] = files![
     "formats.cuh",
     "half.cuh",
     "linear.cuh",
+    "matmul.cuh",
+    "product.cuh",
+    "rope.cuh",
     "search.cuh",
     "slot.cuh",
+    "tensor.cuh",
 ];
 
 const SOURCES: &[(&str, &str)] = files![
@@ -36,7 +40,10 @@ const SOURCES: &[(&str, &str)] = files![
     "elementwise.cu",
     "embed.cu",
     "linear.cu",
+    "matmul.cu",
     "norm.cu",
+    "pack.cu",
+    "prefill.cu",
     "rope.cu",
     "route.cu",
     "sample.cu",
@@ -45,6 +52,22 @@ const SOURCES: &[(&str, &str)] = files![
 
 /// What the emulated driver calls its device. It has the kernels compiled in.
 const EMULATED: &str = "cuemu";
+
+/// The weights' formats that there are kernels on tensor cores for: all but F32.
+const MATMUL_FORMATS: [DType; 12] = [
+    DType::F16,
+    DType::BF16,
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q2K,
+    DType::Q3K,
+    DType::Q4K,
+    DType::Q5K,
+    DType::Q6K,
+];
 
 /// A source file and the format that it is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,7 +85,9 @@ impl Unit {
             let file = name.trim_end_matches(".cu");
             let formats: &[DType] = match file {
                 "attention" => &[DType::F32, DType::F16, DType::BF16],
+                "prefill" => &[DType::F16, DType::BF16],
                 "embed" | "linear" => &DType::ALL,
+                "matmul" => &MATMUL_FORMATS,
                 _ => &[],
             };
             units.extend(formats.iter().map(|&format| Unit { file, format: Some(format) }));
@@ -85,7 +110,7 @@ impl Unit {
         // Products and sums are contracted only where the source says so: see `common.cuh`.
         let mut options =
             vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
-        let macro_name = if self.file == "attention" { "ELEMENT" } else { "FORMAT" };
+        let macro_name = if ["attention", "prefill"].contains(&self.file) { "ELEMENT" } else { "FORMAT" };
         options.extend(self.format.map(|format| format!("-D{macro_name}={}", format.name())));
         options
     }
@@ -212,7 +237,7 @@ fn keep(path: &Path, image: &[u8]) -> std::io::Result<()> {
 }
 
 /// `kernels` in the folder that Setu keeps models in.
-fn default_cache() -> Option<PathBuf> {
+pub fn default_cache() -> Option<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let setu = variable("SETU_CACHE");
     let setu = setu.or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("setu")));

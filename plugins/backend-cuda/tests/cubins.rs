@@ -71,6 +71,7 @@ fn every_kernel_compiles_to_machine_code_and_spills_nothing() {
             kernels += found;
         }
     }
-    // Each format has its five kernels, each element type of K and V its two, and there are a dozen others.
-    assert!(kernels >= 3 * (13 * 5 + 3 * 2 + 12), "{kernels} kernels");
+    // Each format has its four kernels, all but one three more on tensor cores; each element type of K and V its two,
+    // those of halves two more; and there are a dozen others.
+    assert!(kernels >= 3 * (13 * 4 + 12 * 3 + 3 * 2 + 2 * 2 + 12), "{kernels} kernels");
 }
