@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <deque>
 #include <map>
+#include <memory>
 #include <sys/mman.h>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -268,11 +269,12 @@ void wait_for_copies(int pending) {
 
 void run(const Launch &launch, const std::function<void()> &kernel) {
     static const bool reverse = getenv("CUEMU_REVERSE") != nullptr;
-    static std::vector<char> dynamic;
     launched = launch;
     body = &kernel;
-    dynamic.resize(launch.shared_bytes + 128);
-    dynamic_shared = reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(dynamic.data()) + 127) & ~uintptr_t(127));
+    // An allocation of its own for each launch, so that AddressSanitizer knows where it ends.
+    void *shared = aligned_alloc(128, std::max<size_t>(launch.shared_bytes + 127, 128) / 128 * 128);
+    std::unique_ptr<char, decltype(&free)> owned(static_cast<char *>(shared), free);
+    dynamic_shared = owned.get();
     const uint3 block = launch.block, grid = launch.grid;
     threads.resize(size_t(block.x) * block.y * block.z);
     size_t blocks = size_t(grid.x) * grid.y * grid.z;

@@ -43,8 +43,9 @@ struct Raw {
     u32 small;
 };
 
-// Elements `at` to `at + 8` of a quantized row; `at` is a multiple of 8.
-template <Format TYPE> __device__ __forceinline__ Raw fetch_quantized(const u8 *row, int at) {
+// Elements `at` to `at + 8` of a quantized row; `at` is a multiple of 8. With WHOLE_HEADERS what all sub-blocks of a
+// block share is one load where it can be, which takes more registers.
+template <Format TYPE, bool WHOLE_HEADERS> __device__ __forceinline__ Raw fetch_quantized(const u8 *row, int at) {
     const u8 *block = row + static_cast<size_t>(at / block_elements(TYPE)) * block_bytes(TYPE);
     int in_block = at % block_elements(TYPE);
     Raw raw = {};
@@ -69,11 +70,19 @@ template <Format TYPE> __device__ __forceinline__ Raw fetch_quantized(const u8 *
         raw.low = bytes_at(block + 32 + in_block / 128 * 32 + in_block % 32);
         raw.high = bytes_at(block + in_block % 32);
     } else if constexpr (TYPE == Q4_K || TYPE == Q5_K) {
-        // Six-bit scales and minima of eight sub-blocks lie in twelve bytes: those of the upper four in pieces.
-        int sub = in_block / 32, shared = sub < 4 ? sub : sub + 4;
-        raw.scales = half_at(block) | static_cast<u32>(half_at(block + 2)) << 16;
-        raw.small = block[4 + shared] | static_cast<u32>(block[4 + sub % 4]) << 8 |
-                    static_cast<u32>(block[4 + sub % 4 + 4]) << 16;
+        // Six-bit scales and minima of eight sub-blocks lie in twelve bytes: those of the upper four in pieces. Blocks
+        // are multiples of sixteen bytes.
+        int sub = in_block / 32, shift = sub % 4 * 8;
+        uint4 header = {};
+        if constexpr (WHOLE_HEADERS) {
+            header = *reinterpret_cast<const uint4 *>(block);
+        } else {
+            const u32 *words = reinterpret_cast<const u32 *>(block);
+            header = {words[0], words[1], words[2], sub < 4 ? 0 : words[3]};
+        }
+        u32 first = (sub < 4 ? header.y : header.w) >> shift & 255;
+        raw.scales = header.x;
+        raw.small = first | (header.y >> shift & 255) << 8 | (header.z >> shift & 255) << 16;
         raw.low = aligned_bytes_at(block + (TYPE == Q4_K ? 16 : 48) + in_block / 64 * 32 + in_block % 32);
         raw.high = TYPE == Q5_K ? aligned_bytes_at(block + 16 + in_block % 32) : 0;
     } else {
@@ -141,7 +150,7 @@ template <Format TYPE> __device__ __forceinline__ void decode_quantized(const Ra
 }
 
 template <Format TYPE> __device__ __forceinline__ void load_quantized(const u8 *row, int at, float *values) {
-    decode_quantized<TYPE>(fetch_quantized<TYPE>(row, at), at, values);
+    decode_quantized<TYPE>(fetch_quantized<TYPE, true>(row, at), at, values);
 }
 
 template <Format TYPE> __device__ __forceinline__ float load_float(const u8 *row, int at) {

@@ -61,7 +61,7 @@ __device__ __forceinline__ float multiply(const u8 *weights, int outs, int cols,
 #pragma unroll
             for (int out = 0; out < OUTS; out++) {
                 int row = min(first_out + out, outs - 1);
-                raw[out] = fetch_quantized<TYPE>(weights + row * row_bytes<TYPE>(cols), at);
+                raw[out] = fetch_quantized<TYPE, true>(weights + row * row_bytes<TYPE>(cols), at);
             }
 #pragma unroll
             for (int out = 0; out < OUTS; out++) {

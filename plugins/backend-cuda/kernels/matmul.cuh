@@ -92,7 +92,7 @@ template <Format TYPE, class TILE> struct Block {
 #pragma unroll
             for (int i = 0; i < decoded; i++) {
                 int index = threadIdx.x + i * TILE::threads;
-                raw[i] = fetch_quantized<TYPE>(weights_of(index / PIECES), stage * DEPTH + index % PIECES * 8);
+                raw[i] = fetch_quantized<TYPE, false>(weights_of(index / PIECES), stage * DEPTH + index % PIECES * 8);
             }
         }
     }

@@ -325,6 +325,12 @@ impl Module {
         // SAFETY: the module lives.
         let raw = unsafe { result::module::get_function(self.raw, symbol) }
             .map_err(failed(format!("the kernel {name}, which the compiled file should hold")))?;
+        // The driver loads a kernel when it is first asked something of it. A first launch while a graph is captured would
+        // be too late.
+        let registers = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_NUM_REGS;
+        // SAFETY: as above.
+        unsafe { result::function::get_function_attribute(raw, registers) }
+            .map_err(failed(format!("loading the kernel {name}")))?;
         Ok(Kernel { name: name.to_owned(), raw })
     }
 }

@@ -198,25 +198,58 @@ impl Kernels {
         self.modules.into_values().collect()
     }
 
-    fn image(&mut self, unit: Unit) -> Result<Vec<u8>> {
-        let nvrtc = match self.nvrtc {
-            Some(nvrtc) => nvrtc,
-            None => *self.nvrtc.insert(Nvrtc::load(self.nvrtc_path.as_deref())?),
-        };
-        let digest = unit.digest(&self.architecture, nvrtc.version())?;
-        let path = self.cache.as_ref().map(|cache| cache.join(format!("{digest}.cubin")));
-        if let Some(image) = path.as_deref().and_then(read_image) {
-            return Ok(image);
+    /// Loads units that a graph will need, those that have to be compiled at the same time.
+    ///
+    /// # Errors
+    /// As for [`get`](Kernels::get).
+    pub fn prepare(&mut self, units: &[Unit]) -> Result<()> {
+        if self.emulated {
+            return Ok(());
         }
-        let started = Instant::now();
-        let compiled = unit.compile(&nvrtc, &self.architecture).map_err(|error| error.within(unit))?;
-        let seconds = started.elapsed().as_secs_f64();
-        tracing::info!(kernels = %unit, architecture = self.architecture, seconds, "Compiled kernels.");
-        if let Some(Err(error)) = path.as_deref().map(|path| keep(path, &compiled.cubin)) {
-            tracing::warn!(%error, "Compiled kernels can't be kept; the next start compiles them again.");
+        let missing: Vec<Unit> = units.iter().copied().filter(|unit| !self.modules.contains_key(unit)).collect();
+        let nvrtc = self.compiler()?;
+        let (architecture, cache) = (self.architecture.as_str(), self.cache.as_deref());
+        let compile = |unit: Unit| image_by(nvrtc, architecture, cache, unit);
+        let images: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = missing.iter().map(|&unit| scope.spawn(move || compile(unit))).collect();
+            let panicked = || Err(Error::internal("compiling kernels panicked"));
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| panicked())).collect()
+        });
+        for (unit, image) in missing.into_iter().zip(images) {
+            let module = self.device.load(&image?).map_err(|error| error.within(unit))?;
+            self.modules.insert(unit, module);
         }
-        Ok(compiled.cubin)
+        Ok(())
     }
+
+    fn compiler(&mut self) -> Result<Nvrtc> {
+        match self.nvrtc {
+            Some(nvrtc) => Ok(nvrtc),
+            None => Ok(*self.nvrtc.insert(Nvrtc::load(self.nvrtc_path.as_deref())?)),
+        }
+    }
+
+    fn image(&mut self, unit: Unit) -> Result<Vec<u8>> {
+        let nvrtc = self.compiler()?;
+        image_by(nvrtc, &self.architecture, self.cache.as_deref(), unit)
+    }
+}
+
+/// A unit's image as it was kept, or compiled and then kept.
+fn image_by(nvrtc: Nvrtc, architecture: &str, cache: Option<&Path>, unit: Unit) -> Result<Vec<u8>> {
+    let digest = unit.digest(architecture, nvrtc.version())?;
+    let path = cache.map(|cache| cache.join(format!("{digest}.cubin")));
+    if let Some(image) = path.as_deref().and_then(read_image) {
+        return Ok(image);
+    }
+    let started = Instant::now();
+    let compiled = unit.compile(&nvrtc, architecture).map_err(|error| error.within(unit))?;
+    let seconds = started.elapsed().as_secs_f64();
+    tracing::info!(kernels = %unit, architecture, seconds, "Compiled kernels.");
+    if let Some(Err(error)) = path.as_deref().map(|path| keep(path, &compiled.cubin)) {
+        tracing::warn!(%error, "Compiled kernels can't be kept; the next start compiles them again.");
+    }
+    Ok(compiled.cubin)
 }
 
 /// A kept image, if it is whole: a CUBIN is an ELF file, and the last bytes are its own digest.

@@ -27,6 +27,7 @@ mod fuse;
 mod gpu;
 mod kv;
 mod layout;
+mod lowering;
 mod ops;
 mod pinned;
 mod plan;
