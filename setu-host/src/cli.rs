@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::commands::{chat, check, completions, config, model, plugins, run, score, serve, tokenize, why};
-use crate::config::read;
+use crate::commands::{chat, check, completions, config, doctor, model, plugins, run, score, serve, tokenize, why};
+use crate::config::{Settings, read};
 use crate::logging;
 use crate::request::RequestOptions;
 use crate::settings::LogConfig;
@@ -62,6 +62,7 @@ fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), F
         return match name {
             "plugins" => plugins::main(matches, setup),
             "config" => config::main(matches, setup),
+            "doctor" => doctor::main(matches, setup),
             "model" => model::main(matches, setup),
             "why" => why::main(matches),
             _ => completions::main(matches, command(setup)),
@@ -76,6 +77,7 @@ fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), F
     if !settings.warnings.is_empty() {
         eprintln!("{}", settings.warnings);
     }
+    let settings = if name == "tokenize" { settings } else { choose_backend(setup, settings) };
     match name {
         "score" => score::main(matches, setup, settings),
         "serve" => serve::main(matches, setup, settings),
@@ -85,6 +87,17 @@ fn dispatch(name: &str, matches: &ArgMatches, setup: &mut Setup) -> Result<(), F
         }
         _ => chat::main(matches, setup, settings),
     }
+}
+
+/// Has a GPU used if there is one and nobody said otherwise; else says in a line what was looked for.
+fn choose_backend(setup: &mut Setup, settings: Settings) -> Settings {
+    let (settings, why_not) = setup.choose_backend(settings);
+    if let Some(why) = why_not {
+        // What to do about it is for `setu doctor`.
+        let found = why.split(": install").next().unwrap_or_default();
+        eprintln!("setu: running on the CPU: {found}; `setu doctor` tells more");
+    }
+    settings
 }
 
 /// The whole command line, with a flag for every setting that `setup` knows.
@@ -217,6 +230,9 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand(plugins)
         .subcommand(config)
         .subcommand(model)
+        .subcommand(setup.add_flags(
+            Command::new("doctor").about("What this machine has to run models on, and what is missing").arg(json()),
+        ))
         .subcommand(why)
         .subcommand(Command::new("completions").about("Shell completions").arg(
             Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(clap_complete::Shell)),

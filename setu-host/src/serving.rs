@@ -22,7 +22,7 @@ use crate::config::Settings;
 use crate::linked;
 use crate::models::{Console, Store, StoreOptions};
 use crate::request::RequestOptions;
-use crate::settings::{ModelConfig, SamplingConfig};
+use crate::settings::{LoadFormat, ModelConfig, SamplingConfig};
 use crate::setup::Setup;
 use crate::tenants::{Tenants, TenantsConfig};
 
@@ -58,7 +58,11 @@ impl OpenModel {
         let name = store.parse(name.unwrap_or(&config.name))?;
         let model = store.resolve(&name, &mut Console::stderr())?;
         let within = |error: Error| error.within(format!("the model {}", model.name));
-        let checkpoint = Checkpoint::open(&model.path).map_err(within)?;
+        let checkpoint = match config.load_format {
+            LoadFormat::Auto => Checkpoint::open(&model.path),
+            LoadFormat::Dummy => Checkpoint::dummy(&model.path, config.dummy_dtype.dtype()),
+        };
+        let checkpoint = checkpoint.map_err(within)?;
         let info = checkpoint.info();
         Ok(OpenModel { name: model.name, checkpoint, info, config })
     }
