@@ -50,6 +50,9 @@ pub struct CheckpointInfo {
     /// dimension, at most 4,096 elements and `rope` in its name, such as GGUF's `rope_freqs.weight`.
     #[serde(default)]
     pub constants: BTreeMap<String, Vec<f32>>,
+    /// There are no tensors, and the graph gets whatever weights it asks for: to measure a model of this shape.
+    #[serde(default)]
+    pub dummy: bool,
 }
 
 /// A tensor's name, format and shape.
@@ -76,7 +79,14 @@ impl CheckpointInfo {
         metadata: serde_json::Value,
         tensors: Vec<TensorInfo>,
     ) -> CheckpointInfo {
-        CheckpointInfo { format, architecture: architecture.into(), metadata, tensors, constants: BTreeMap::new() }
+        CheckpointInfo {
+            format,
+            architecture: architecture.into(),
+            metadata,
+            tensors,
+            constants: BTreeMap::new(),
+            dummy: false,
+        }
     }
 
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {

@@ -92,7 +92,10 @@ pub fn load(
     let max_model_len = max_model_len.unwrap_or(graph.max_model_len).min(graph.max_model_len);
     lap("graph");
 
-    let weights = bind_weights(&graph, info, checkpoint)?;
+    let weights = match checkpoint.dummy_weights(&graph) {
+        Some(weights) => weights?,
+        None => bind_weights(&graph, info, checkpoint)?,
+    };
     lap("weights");
 
     let rows = engine.max_sessions.min(engine.max_step_tokens);

@@ -29,9 +29,47 @@ impl ModelText {
         }
         let directory =
             checkpoint.directory().ok_or_else(|| Error::invalid("there is no tokenizer beside the weights"))?;
+        let has = |name: &str| directory.join(name).exists();
+        if checkpoint.is_dummy() && !has("tokenizer.json") && !has("tokenizer.model") {
+            return ModelText::of_bytes(checkpoint);
+        }
         let files = TextFiles::read(directory)?;
         let template = ChatTemplate::from_files(&files);
         Ok(ModelText { tokenizer: Arc::new(Tokenizer::from_files(&files)?), template })
+    }
+}
+
+impl ModelText {
+    /// For dummy weights without a tokenizer: a token for each byte, and ones that only have a number.
+    fn of_bytes(checkpoint: &Checkpoint) -> Result<ModelText> {
+        let size = checkpoint.info().need_count("vocab_size")?;
+        let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+        // Byte-level vocabularies write bytes that don't print as the characters from 256 on.
+        let mut shifted = 256_u32..;
+        let byte = |byte: u32| if printable(byte) { Some(byte) } else { shifted.next() };
+        let bytes = (0..256).map(byte).map(|code| code.and_then(char::from_u32).unwrap_or('?').to_string());
+        let tokens = bytes.chain((256..size).map(|id| format!("<{id}>"))).take(size as usize).collect();
+        let vocab = GgufVocab {
+            model: "gpt2".to_owned(),
+            pre: Some("gpt-2".to_owned()),
+            tokens,
+            scores: None,
+            token_types: None,
+            merges: Some(Vec::new()),
+            bos: None,
+            eos: None,
+            eot: None,
+            eom: None,
+            unknown: None,
+            padding: None,
+            add_bos: None,
+            add_eos: None,
+            add_space_prefix: None,
+            chat_templates: Vec::new(),
+            name: None,
+        };
+        let template = ChatTemplate::from_gguf(&vocab);
+        Ok(ModelText { tokenizer: Arc::new(Tokenizer::from_gguf(vocab)?), template })
     }
 }
 

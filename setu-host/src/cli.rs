@@ -5,8 +5,10 @@ use std::process::ExitCode;
 
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
-use crate::commands::{chat, check, completions, config, keys, model, plugins, run, score, serve, tokenize, why};
-use crate::config::read;
+use crate::commands::{
+    chat, check, completions, config, doctor, keys, model, plugins, run, score, serve, tokenize, why,
+};
+use crate::config::{Settings, read};
 use crate::logging;
 use crate::request::RequestOptions;
 use crate::settings::LogConfig;
@@ -78,6 +80,7 @@ fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Fa
         return match name {
             "plugins" => plugins::main(matches, &mut setup),
             "config" => config::main(matches, &mut setup),
+            "doctor" => doctor::main(matches, &mut setup),
             "keys" => keys::main(matches, &mut setup),
             "model" => model::main(matches, &mut setup),
             "why" => why::main(matches),
@@ -93,6 +96,7 @@ fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Fa
     if !settings.warnings.is_empty() {
         eprintln!("{}", settings.warnings);
     }
+    let settings = if name == "tokenize" { settings } else { choose_backend(&mut setup, settings) };
     match name {
         "score" => score::main(matches, &setup, settings),
         "serve" => serve::main(matches, setup, settings),
@@ -102,6 +106,17 @@ fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Fa
         }
         _ => chat::main(matches, &setup, settings),
     }
+}
+
+/// Has a GPU used if there is one and nobody said otherwise; else says in a line what was looked for.
+fn choose_backend(setup: &mut Setup, settings: Settings) -> Settings {
+    let (settings, why_not) = setup.choose_backend(settings);
+    if let Some(why) = why_not {
+        // What to do about it is for `setu doctor`.
+        let found = why.split(": install").next().unwrap_or_default();
+        eprintln!("setu: running on the CPU: {found}; `setu doctor` tells more");
+    }
+    settings
 }
 
 /// The whole command line, with a flag for every setting that `setup` knows.
@@ -240,6 +255,9 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand(config)
         .subcommand(keys)
         .subcommand(model)
+        .subcommand(setup.add_flags(
+            Command::new("doctor").about("What this machine has to run models on, and what is missing").arg(json()),
+        ))
         .subcommand(why)
         .subcommand(Command::new("completions").about("Shell completions").arg(
             Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(clap_complete::Shell)),

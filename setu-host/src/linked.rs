@@ -40,3 +40,16 @@ pub const PACKAGES: &[&str] = &[
 pub const FALLBACK_SCHEDULER: &str = "fcfs";
 pub const FALLBACK_BATCHER: &str = "fixed_chunk";
 pub const DEFAULT_BACKEND: &str = "cpu";
+/// The backends that take its place where nobody named one and they find a device.
+pub const BETTER_BACKENDS: &[&str] = &["cuda"];
+
+/// What `setu doctor` tells of libraries and devices: name, and what was found or what is missing.
+pub fn findings() -> Vec<(String, Result<String, String>)> {
+    let cuda = setu_backend_cuda::diagnosis::findings();
+    cuda.into_iter().map(|finding| (finding.what, finding.found)).collect()
+}
+
+/// Folders that backends keep files in, and what for.
+pub fn backend_folders() -> Vec<(&'static str, std::path::PathBuf)> {
+    setu_backend_cuda::diagnosis::kernel_cache().map(|folder| ("compiled kernels", folder)).into_iter().collect()
+}

@@ -24,7 +24,7 @@ use crate::config::Settings;
 use crate::linked;
 use crate::models::{Console, ModelName, ResolvedModel, Silent, Store, StoreOptions};
 use crate::request::RequestOptions;
-use crate::settings::{ModelConfig, SamplingConfig};
+use crate::settings::{LoadFormat, ModelConfig, SamplingConfig};
 use crate::setup::Setup;
 use crate::tenants::{Tenants, TenantsConfig};
 
@@ -78,7 +78,11 @@ impl OpenModel {
 
     fn from_files(model: ResolvedModel, config: ModelConfig) -> Result<OpenModel> {
         let within = |error: Error| error.within(format!("the model {}", model.name));
-        let checkpoint = Checkpoint::open(&model.path).map_err(within)?;
+        let checkpoint = match config.load_format {
+            LoadFormat::Auto => Checkpoint::open(&model.path),
+            LoadFormat::Dummy => Checkpoint::dummy(&model.path, config.dummy_dtype.dtype()),
+        };
+        let checkpoint = checkpoint.map_err(within)?;
         let info = checkpoint.info();
         Ok(OpenModel { name: model.name, checkpoint, info, config })
     }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use setu_core::DType;
 use setu_core::config::{Config, ConfigEnum};
 use setu_core::sampling::SamplingParams;
 
@@ -25,6 +26,12 @@ pub struct ModelConfig {
     /// Longest session, prompt and answer together; unset takes what the model was trained for.
     #[config(min = 1, unit = "tokens")]
     pub max_model_len: Option<u32>,
+    /// Where weights come from.
+    #[config(default = LoadFormat::Auto)]
+    pub load_format: LoadFormat,
+    /// Format of the matrices where `load_format` is `dummy`.
+    #[config(default = DummyDType::Bf16)]
+    pub dummy_dtype: DummyDType,
     /// A file with the chat template to use in place of the checkpoint's.
     pub chat_template: Option<PathBuf>,
     /// How the model writes calls of tools.
@@ -82,6 +89,48 @@ pub enum Load {
     Start,
     /// Once a request names it; requests that name it meanwhile wait for the same load.
     FirstUse,
+}
+
+/// Where weights come from.
+#[derive(ConfigEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The checkpoint, whatever its format is.
+    Auto,
+    /// Nowhere: they are random, for a model of which there is a `config.json` alone. To measure with.
+    Dummy,
+}
+
+/// Formats of dummy matrices.
+#[derive(ConfigEnum, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DummyDType {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// 8 bits, blocks of 32.
+    Q8_0,
+    /// 4 bits, blocks of 32.
+    Q4_0,
+    /// 4 bits, blocks of 256.
+    Q4K,
+    /// 6 bits, blocks of 256.
+    Q6K,
+}
+
+impl DummyDType {
+    pub fn dtype(self) -> DType {
+        match self {
+            DummyDType::F32 => DType::F32,
+            DummyDType::F16 => DType::F16,
+            DummyDType::Bf16 => DType::BF16,
+            DummyDType::Q8_0 => DType::Q8_0,
+            DummyDType::Q4_0 => DType::Q4_0,
+            DummyDType::Q4K => DType::Q4K,
+            DummyDType::Q6K => DType::Q6K,
+        }
+    }
 }
 
 /// How tokens are sampled where a request doesn't say.

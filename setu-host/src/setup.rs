@@ -12,11 +12,13 @@ use setu_core::component::ComponentKind;
 use setu_core::config::Config;
 use setu_core::{Registries, Registry, Result};
 use setu_engine::config::{EngineConfig, KvConfig, ParallelConfig};
+use setu_engine::load::caught;
 use setu_engine::plugins::{self, PluginOptions, PluginReport};
 
 use crate::config::{
-    ComponentInfo, ConfigFile, EarlyArgs, Layers, Layout, ModelTables, Section, Settings, TypeChoice, chosen_types,
-    early, flags_for, overrides_from, read, resolve, resolve_model, resolve_root, resolve_section,
+    ComponentInfo, ConfigFile, EarlyArgs, Layers, Layout, ModelTables, Origin, Section, SectionSettings, Settings,
+    TypeChoice, chosen_types, early, flags_for, overrides_from, read, resolve, resolve_model, resolve_root,
+    resolve_section,
 };
 use crate::linked;
 use crate::logging;
@@ -94,6 +96,35 @@ impl Setup {
     pub fn resolve(&mut self, matches: &ArgMatches) -> Result<Settings, String> {
         self.layers.flags = overrides_from(matches, &self.layout);
         resolve(&self.layout, &self.layers).map_err(|report| report.to_string())
+    }
+
+    /// Where nobody named a backend, chooses the first of those that need a device and find one; and says why it is none
+    /// of them.
+    pub fn choose_backend(&mut self, settings: Settings) -> (Settings, Option<String>) {
+        let named = |section: &SectionSettings| {
+            let by_default = section.chosen.as_ref().is_some_and(|chosen| chosen.origin == Origin::Default);
+            // Settings of the backend that is the default are as good as its name.
+            !by_default || section.options.iter().any(|(_, setting)| setting.origin != Origin::Default)
+        };
+        if settings.section("backend").is_none_or(named) {
+            return (settings, None);
+        }
+        let mut reasons = Vec::new();
+        for key in linked::BETTER_BACKENDS {
+            let Ok(entry) = self.registries.backends.get(key) else { continue };
+            if let Err(error) = caught(|| (entry.build)("{}")) {
+                reasons.push(error.message().to_owned());
+                continue;
+            }
+            let before = self.layout.clone();
+            self.layout.choose("backend", key);
+            match resolve(&self.layout, &self.layers) {
+                Ok(settings) => return (settings, None),
+                Err(report) => reasons.push(report.to_string()),
+            }
+            self.layout = before;
+        }
+        (settings, (!reasons.is_empty()).then(|| reasons.join("; ")))
     }
 
     /// The settings with `key` used as the model component where nobody named one; those of the table `model` of

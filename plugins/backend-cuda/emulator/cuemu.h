@@ -31,6 +31,9 @@
 struct uint3 {
     unsigned x, y, z;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -45,7 +48,10 @@ struct Launch {
     size_t shared_bytes;
 };
 
-enum class Collective { none, barrier, shuffle, ballot };
+enum class Collective { none, barrier, shuffle, ballot, together };
+
+// What a whole warp does at once, given what each lane brings.
+using Together = void (*)(void *const *lanes);
 
 struct Thread {
     uint3 index;
@@ -57,6 +63,7 @@ struct Thread {
     uint64_t gives = 0;
     unsigned reads_from = 0;
     uint64_t gets = 0;
+    Together work = nullptr;
     void *context = nullptr;
 };
 
@@ -70,6 +77,15 @@ void run(const Launch &launch, const std::function<void()> &body);
 
 // Waits in a collective: what the lane gets from it.
 uint64_t arrive(Collective collective, unsigned mask, uint64_t gives, unsigned reads_from);
+
+// Has all 32 lanes of the warp do `work` with what each brings.
+void together(Together work, void *brings);
+
+// Copies sixteen bytes, or zeros where `from` is null, when the group that the copy is in has been waited for, and not
+// before: who forgets to wait finds what was there.
+void copy_later(void *to, const void *from);
+void commit_copies();
+void wait_for_copies(int pending);
 
 // A kernel by name, for the driver.
 struct Kernel {
@@ -115,6 +131,14 @@ template <class T> static inline T __shfl_sync(unsigned mask, T value, unsigned 
 static inline unsigned __ballot_sync(unsigned mask, int vote) {
     return static_cast<unsigned>(cuemu::arrive(cuemu::Collective::ballot, mask, vote != 0, 0));
 }
+static inline void __syncwarp() { cuemu::arrive(cuemu::Collective::ballot, ~0u, 0, 0); }
+static inline void __threadfence() {}
+template <class T> static inline T atomicAdd(T *place, T value) {
+    T before = *place;
+    *place += value;
+    return before;
+}
+template <class T> static inline T __ldcg(const T *place) { return *place; }
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static inline unsigned __float_as_uint(float value) {
     unsigned bits;
@@ -131,6 +155,7 @@ static inline long long __double_as_longlong(double value) {
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
+static inline float __fdividef(float a, float b) { return a / b; }
 static inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }

@@ -15,9 +15,18 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <thread>
 
 using Result = int;
 using Address = unsigned long long;
+
+// Under AddressSanitizer nobody may touch what lies behind an allocation, not even to read it.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(start, bytes) (static_cast<void>(start), static_cast<void>(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(start, bytes) (static_cast<void>(start), static_cast<void>(bytes))
+#endif
 
 namespace {
 
@@ -30,6 +39,8 @@ enum : Result {
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
+    CAPTURE_UNSUPPORTED = 900,
+    ILLEGAL_STATE = 401,
     ILLEGAL_ADDRESS = 700,
 };
 
@@ -38,8 +49,21 @@ constexpr unsigned char GUARD = 0xA5;
 constexpr unsigned char FRESH = 0xCD;
 constexpr size_t MAX_SHARED = 227 << 10;
 
+using Work = std::function<void()>;
+
 struct Stream {
-    std::deque<std::function<void()>> queue;
+    std::deque<Work> queue;
+    // Where work goes instead while it is captured.
+    std::vector<Work> *captured = nullptr;
+    std::thread::id capturing;
+
+    void push(Work work) {
+        if (captured) {
+            captured->push_back(std::move(work));
+        } else {
+            queue.push_back(std::move(work));
+        }
+    }
 };
 
 struct Event {
@@ -92,6 +116,9 @@ bool is_pinned(const void *start) {
 }
 
 void check_guards() {
+#if defined(__SANITIZE_ADDRESS__)
+    return;
+#endif
     for (auto &[start, bytes] : allocations) {
         const unsigned char *guard = reinterpret_cast<unsigned char *>(start + bytes);
         for (size_t i = 0; i < GUARD_BYTES; i++) {
@@ -113,6 +140,16 @@ void drain(Stream &stream) {
     check_guards();
 }
 
+// Whether this thread captures a stream: what waits for a device is refused then.
+bool is_capturing() {
+    for (Stream *stream : streams) {
+        if (stream->captured && stream->capturing == std::this_thread::get_id()) {
+            return true;
+        }
+    }
+    return false;
+}
+
 Result allocate(Address *place, size_t bytes) {
     if (bytes == 0) {
         return INVALID_VALUE;
@@ -126,6 +163,7 @@ Result allocate(Address *place, size_t bytes) {
     }
     memset(memory, FRESH, bytes);
     memset(memory + bytes, GUARD, GUARD_BYTES);
+    ASAN_POISON_MEMORY_REGION(memory + bytes, GUARD_BYTES);
     *place = reinterpret_cast<Address>(memory);
     allocations[*place] = bytes;
     used += bytes;
@@ -138,6 +176,7 @@ Result release(Address place) {
         return INVALID_VALUE;
     }
     used -= found->second;
+    ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<char *>(place) + found->second, GUARD_BYTES);
     allocations.erase(found);
     free(reinterpret_cast<void *>(place));
     return SUCCESS;
@@ -197,6 +236,9 @@ Result cuStreamCreate(void **stream, unsigned) {
 
 Result cuStreamSynchronize(void *stream) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     drain(stream_of(stream));
     return fault;
 }
@@ -235,6 +277,9 @@ Result cuEventRecord(void *handle, void *stream) {
 
 Result cuEventSynchronize(void *handle) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     Event *event = static_cast<Event *>(handle);
     while (!event->recorded && !event->stream->queue.empty()) {
         auto work = std::move(event->stream->queue.front());
@@ -256,12 +301,18 @@ Result cuEventElapsedTime(float *milliseconds, void *start, void *end) {
 
 Result cuMemAlloc_v2(Address *place, size_t bytes) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     return allocate(place, bytes);
 }
 
 // As the driver's, it waits for all work first.
 Result cuMemFree_v2(Address place) {
     Guard guard(lock);
+    if (is_capturing()) {
+        return CAPTURE_UNSUPPORTED;
+    }
     for (Stream *stream : streams) {
         drain(*stream);
     }
@@ -294,13 +345,13 @@ Result cuMemcpyHtoDAsync_v2(Address to, const void *from, size_t bytes, void *st
         return INVALID_VALUE;
     }
     if (is_pinned(from)) {
-        stream_of(stream).queue.push_back([=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
+        stream_of(stream).push([=] { memcpy(reinterpret_cast<void *>(to), from, bytes); });
         return SUCCESS;
     }
     // The driver stages memory that isn't pinned before it returns.
     auto staged = std::make_shared<std::vector<char>>(static_cast<const char *>(from),
                                                       static_cast<const char *>(from) + bytes);
-    stream_of(stream).queue.push_back([=] { memcpy(reinterpret_cast<void *>(to), staged->data(), bytes); });
+    stream_of(stream).push([=] { memcpy(reinterpret_cast<void *>(to), staged->data(), bytes); });
     return SUCCESS;
 }
 
@@ -309,7 +360,7 @@ Result cuMemcpyDtoHAsync_v2(void *to, Address from, size_t bytes, void *stream) 
     if (!is_inside(from, bytes)) {
         return INVALID_VALUE;
     }
-    stream_of(stream).queue.push_back([=] { memcpy(to, reinterpret_cast<void *>(from), bytes); });
+    stream_of(stream).push([=] { memcpy(to, reinterpret_cast<void *>(from), bytes); });
     if (!is_pinned(to)) {
         drain(stream_of(stream));
     }
@@ -321,7 +372,7 @@ Result cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void *stream
     if (!is_inside(to, bytes) || !is_inside(from, bytes)) {
         return INVALID_VALUE;
     }
-    stream_of(stream).queue.push_back(
+    stream_of(stream).push(
         [=] { memmove(reinterpret_cast<void *>(to), reinterpret_cast<void *>(from), bytes); });
     return SUCCESS;
 }
@@ -341,6 +392,8 @@ Result cuModuleGetFunction(void **function, void *, const char *name) {
     *function = new Function{kernel};
     return SUCCESS;
 }
+
+Result cuFuncGetAttribute(int *value, int, void *) { return *value = 32, SUCCESS; }
 
 Result cuFuncSetAttribute(void *function, int attribute, int value) {
     if (attribute == 8) {
@@ -368,7 +421,7 @@ Result cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned g
     }
     cuemu::Launch launch{{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared};
     cuemu::Kernel *kernel = function->kernel;
-    stream_of(stream).queue.push_back([launch, kernel, values] {
+    stream_of(stream).push([launch, kernel, values] {
         std::vector<void *> places;
         for (auto &value : *values) {
             places.push_back(value.data());
@@ -378,12 +431,52 @@ Result cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned g
     return SUCCESS;
 }
 
+Result cuStreamBeginCapture_v2(void *stream, int) {
+    Guard guard(lock);
+    Stream &captured = stream_of(stream);
+    if (captured.captured) {
+        return ILLEGAL_STATE;
+    }
+    captured.captured = new std::vector<Work>;
+    captured.capturing = std::this_thread::get_id();
+    return SUCCESS;
+}
+
+Result cuStreamEndCapture(void *stream, void **graph) {
+    Guard guard(lock);
+    Stream &captured = stream_of(stream);
+    if (!captured.captured) {
+        return ILLEGAL_STATE;
+    }
+    *graph = captured.captured;
+    captured.captured = nullptr;
+    return SUCCESS;
+}
+
+Result cuGraphInstantiateWithFlags(void **instance, void *graph, unsigned long long) {
+    *instance = new std::vector<Work>(*static_cast<std::vector<Work> *>(graph));
+    return SUCCESS;
+}
+
+Result cuGraphLaunch(void *instance, void *stream) {
+    Guard guard(lock);
+    for (const Work &work : *static_cast<std::vector<Work> *>(instance)) {
+        stream_of(stream).push(work);
+    }
+    return SUCCESS;
+}
+
+Result cuGraphDestroy(void *graph) { return delete static_cast<std::vector<Work> *>(graph), SUCCESS; }
+Result cuGraphExecDestroy(void *instance) { return delete static_cast<std::vector<Work> *>(instance), SUCCESS; }
+
 Result cuGetErrorName(Result error, const char **name) {
     switch (error) {
     case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
     case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
     case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
     case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
+    case CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+    case ILLEGAL_STATE: *name = "CUDA_ERROR_ILLEGAL_STATE"; break;
     case ILLEGAL_ADDRESS: *name = "CUDA_ERROR_ILLEGAL_ADDRESS"; break;
     default: *name = "CUDA_ERROR_UNKNOWN";
     }

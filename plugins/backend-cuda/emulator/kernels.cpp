@@ -4,6 +4,7 @@
 
 #include "../kernels/elementwise.cu"
 #include "../kernels/norm.cu"
+#include "../kernels/pack.cu"
 #include "../kernels/rope.cu"
 #include "../kernels/route.cu"
 #include "../kernels/sample.cu"
@@ -14,14 +15,18 @@
 #undef ELEMENT
 #define ELEMENT F16
 #include "../kernels/attention.cu"
+#include "../kernels/prefill.cu"
 #undef ELEMENT
 #define ELEMENT BF16
 #include "../kernels/attention.cu"
+#include "../kernels/prefill.cu"
 #undef ELEMENT
 #include "../kernels/combine.cu"
 
 #define FORMAT F32
-#include "formats.inc"
+#include "../kernels/embed.cu"
+#include "../kernels/linear.cu"
+#undef FORMAT
 #define FORMAT F16
 #include "formats.inc"
 #define FORMAT BF16

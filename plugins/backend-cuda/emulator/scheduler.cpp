@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
+#include <memory>
 #include <sys/mman.h>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -25,6 +27,16 @@ constexpr unsigned MAX_THREADS = 1024;
 
 const std::function<void()> *body = nullptr;
 std::vector<Thread> threads;
+
+// A copy that was started, or the end of a group of them.
+struct Copy {
+    void *to;
+    const void *from;
+    bool ends_group;
+};
+
+// Those of each thread, oldest first.
+std::deque<Copy> copies[MAX_THREADS];
 
 [[noreturn]] void fail(const char *what) {
     fprintf(stderr, "cuemu: %s (block %u,%u,%u of %u threads)\n", what, block_index.x, block_index.y, block_index.z,
@@ -124,7 +136,7 @@ void prepare(Thread &thread, char *stack) {
 bool complete_warp(Thread *warp, unsigned lanes) {
     for (unsigned lane = 0; lane < lanes; lane++) {
         Thread &first = warp[lane];
-        if (first.waits_for != Collective::shuffle && first.waits_for != Collective::ballot) {
+        if (first.waits_for == Collective::none || first.waits_for == Collective::barrier) {
             continue;
         }
         unsigned mask = lanes < 32 ? first.mask & ((1u << lanes) - 1) : first.mask;
@@ -138,7 +150,8 @@ bool complete_warp(Thread *warp, unsigned lanes) {
                 if (warp[other].done) {
                     fail("a lane that the mask names has exited");
                 }
-                complete &= warp[other].waits_for == first.waits_for && warp[other].mask == first.mask;
+                complete &= warp[other].waits_for == first.waits_for && warp[other].mask == first.mask &&
+                            warp[other].work == first.work;
                 votes |= (warp[other].gives != 0) << other;
             }
         }
@@ -146,6 +159,16 @@ bool complete_warp(Thread *warp, unsigned lanes) {
             continue;
         }
         Collective collective = first.waits_for;
+        if (collective == Collective::together) {
+            if (lanes < 32) {
+                fail("a warp of fewer than 32 lanes works together");
+            }
+            void *brought[32];
+            for (unsigned other = 0; other < lanes; other++) {
+                brought[other] = reinterpret_cast<void *>(warp[other].gives);
+            }
+            first.work(brought);
+        }
         for (unsigned other = 0; other < lanes; other++) {
             if (!(mask >> other & 1)) {
                 continue;
@@ -216,13 +239,42 @@ uint64_t arrive(Collective collective, unsigned mask, uint64_t gives, unsigned r
     return self->gets;
 }
 
+void together(Together work, void *brings) {
+    current->work = work;
+    arrive(Collective::together, ~0u, reinterpret_cast<uintptr_t>(brings), current->lane);
+    current->work = nullptr;
+}
+
+void copy_later(void *to, const void *from) { copies[current - threads.data()].push_back({to, from, false}); }
+
+void commit_copies() {
+    auto &mine = copies[current - threads.data()];
+    // A group's last copy marks its end; a group may be empty.
+    mine.push_back({nullptr, nullptr, true});
+}
+
+void wait_for_copies(int pending) {
+    auto &mine = copies[current - threads.data()];
+    long groups = std::count_if(mine.begin(), mine.end(), [](const Copy &copy) { return copy.ends_group; });
+    for (; groups > pending; mine.pop_front()) {
+        const Copy &copy = mine.front();
+        groups -= copy.ends_group;
+        if (copy.from) {
+            memcpy(copy.to, copy.from, 16);
+        } else if (copy.to) {
+            memset(copy.to, 0, 16);
+        }
+    }
+}
+
 void run(const Launch &launch, const std::function<void()> &kernel) {
     static const bool reverse = getenv("CUEMU_REVERSE") != nullptr;
-    static std::vector<char> dynamic;
     launched = launch;
     body = &kernel;
-    dynamic.resize(launch.shared_bytes + 128);
-    dynamic_shared = reinterpret_cast<char *>((reinterpret_cast<uintptr_t>(dynamic.data()) + 127) & ~uintptr_t(127));
+    // An allocation of its own for each launch, so that AddressSanitizer knows where it ends.
+    void *shared = aligned_alloc(128, std::max<size_t>(launch.shared_bytes + 127, 128) / 128 * 128);
+    std::unique_ptr<char, decltype(&free)> owned(static_cast<char *>(shared), free);
+    dynamic_shared = owned.get();
     const uint3 block = launch.block, grid = launch.grid;
     threads.resize(size_t(block.x) * block.y * block.z);
     size_t blocks = size_t(grid.x) * grid.y * grid.z;
@@ -235,6 +287,7 @@ void run(const Launch &launch, const std::function<void()> &kernel) {
             threads[index].index = {unsigned(index % block.x), unsigned(index / block.x % block.y),
                                     unsigned(index / block.x / block.y)};
             threads[index].lane = index % 32;
+            copies[index].clear();
             prepare(threads[index], stack_of(index));
         }
         run_block(reverse);

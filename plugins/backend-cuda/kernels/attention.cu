@@ -4,6 +4,7 @@
 #define SETU_ATTENTION_LOADS
 #include "attention.cuh"
 #include "formats.cuh"
+#include "rope.cuh"
 
 // Elements in sixteen bytes.
 __device__ __forceinline__ constexpr int piece_elements(Format element) { return element == F32 ? 4 : 8; }
@@ -28,23 +29,43 @@ template <Format TYPE> __device__ __forceinline__ void load_piece(const u8 *piec
 }
 #endif
 
-// Writes a token's keys and values into its cell: page × page_tokens + place in the page.
+// Writes a token's keys and values into its cell: page × page_tokens + place in the page. With `angles` the first
+// `2 × pairs` columns of each head of Q and K are turned on the way, as in rope.cu. Blocks in y are heads: of Q, which
+// goes to `q_turned`, then of K and of V.
 #define NAME JOIN(kv_write, ELEMENT)
-KERNEL_OF(256, NAME, Pages pages, const u32 *cells, const float *k, int k_stride, const float *v, int v_stride) {
+KERNEL_OF(256, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k, int k_stride,
+          const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,
+          int pairs, int interleaved) {
     constexpr int piece = piece_elements(ELEMENT);
-    u32 cell = cells[blockIdx.x];
+    size_t token = blockIdx.x;
+    u32 cell = cells[token];
     int place = cell % pages.page_tokens;
     u8 *page = pages.start + cell / pages.page_tokens * pages.page_bytes;
-    const float *key = k + static_cast<size_t>(blockIdx.x) * k_stride;
-    for (int i = threadIdx.x; i < pages.heads * pages.k_padded; i += blockDim.x) {
-        int head = i / pages.k_padded, dim = i % pages.k_padded;
-        size_t at = (static_cast<size_t>(i / piece) * pages.page_tokens + place) * piece + dim % piece;
-        store_element<ELEMENT>(page + pages.k_at, at, dim < pages.k_dim ? key[head * pages.k_dim + dim] : 0.0f);
+    int head = blockIdx.y;
+    const float *turns = angles + token * 2 * pairs;
+    if (head < q_heads) {
+        const float *from = q + token * q_stride + static_cast<size_t>(head) * pages.k_dim;
+        float *to = q_turned + token * q_turned_stride + static_cast<size_t>(head) * pages.k_dim;
+        for (int dim = threadIdx.x; dim < pages.k_dim; dim += blockDim.x) {
+            to[dim] = turned(from, dim, turns, pairs, interleaved);
+        }
+        return;
     }
-    const float *value = v + static_cast<size_t>(blockIdx.x) * v_stride;
-    for (int i = threadIdx.x; i < pages.heads * pages.v_dim; i += blockDim.x) {
-        size_t at = (static_cast<size_t>(i / pages.v_dim) * pages.page_tokens + place) * pages.v_dim + i % pages.v_dim;
-        store_element<ELEMENT>(page + pages.v_at, at, value[i]);
+    head -= q_heads;
+    if (head < pages.heads) {
+        const float *from = k + token * k_stride + static_cast<size_t>(head) * pages.k_dim;
+        for (int dim = threadIdx.x; dim < pages.k_padded; dim += blockDim.x) {
+            size_t of_head = static_cast<size_t>(head) * (pages.k_padded / piece) + dim / piece;
+            float value = dim < pages.k_dim ? turned(from, dim, turns, pairs, interleaved) : 0.0f;
+            store_element<ELEMENT>(page + pages.k_at, (of_head * pages.page_tokens + place) * piece + dim % piece, value);
+        }
+        return;
+    }
+    head -= pages.heads;
+    const float *from = v + token * v_stride + static_cast<size_t>(head) * pages.v_dim;
+    for (int dim = threadIdx.x; dim < pages.v_dim; dim += blockDim.x) {
+        size_t at = (static_cast<size_t>(head) * pages.page_tokens + place) * pages.v_dim + dim;
+        store_element<ELEMENT>(page + pages.v_at, at, from[dim]);
     }
 }
 #undef NAME
@@ -56,8 +77,8 @@ KERNEL_OF(256, NAME, Pages pages, const u32 *cells, const float *k, int k_stride
 #define NAME JOIN(attend, ELEMENT)
 KERNEL_OF(128, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pages, const u32 *table_skipped,
           const u32 *row_offsets, const u32 *row_positions, const u32 *tiles, const float *q, int q_stride, int group,
-          int window, float scale, float softcap, const float *sinks, float *y, int y_stride, float *partials,
-          int most_parts) {
+          int window, float scale, float softcap, const float *sinks, float *y, int y_stride, u16 *halves,
+          int halves_stride, int half, float *partials, int most_parts) {
     constexpr int piece = piece_elements(ELEMENT);
     int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
@@ -225,7 +246,9 @@ KERNEL_OF(128, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pag
             int number = first_query + i;
             int head = kv_head * group + number % group;
             size_t token = first_token + number / group;
-            y[token * y_stride + static_cast<size_t>(head) * pages.v_dim + column] = finish(all[i], sinks, head);
+            size_t to = static_cast<size_t>(head) * pages.v_dim + column;
+            store_attended(y, token * y_stride + to, halves, token * halves_stride + to, half,
+                           finish(all[i], sinks, head));
         }
     }
 }

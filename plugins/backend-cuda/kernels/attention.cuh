@@ -5,7 +5,7 @@
 // each has a block of its own and `attend_combine` merges them, the arithmetic is the same.
 #pragma once
 
-#include "common.cuh"
+#include "product.cuh"
 
 // Positions in a part; a block's threads take one each.
 constexpr int PART = 128;
@@ -33,6 +33,16 @@ __device__ __forceinline__ float finish(Attended all, const float *sinks, int he
     float highest = fmaxf(all.highest, sinks[head]);
     float keeps = expf(all.highest - highest);
     return all.value * keeps / fmaf(all.total, keeps, expf(sinks[head] - highest));
+}
+
+// Takes a result in, in floats, in halves, or in both.
+__device__ __forceinline__ void store_attended(float *y, size_t at, u16 *halves, size_t half_at, int half, float value) {
+    if (y) {
+        y[at] = value;
+    }
+    if (halves) {
+        halves[half_at] = half_by(half, value);
+    }
 }
 
 // The first position that a query at `position` sees.

@@ -2,9 +2,10 @@
 // toolkit's, and g++ for the emulator.
 //
 // Kernels are named `name_FORMAT` where they are written for a format; `KERNEL` declares one under its full
-// name. Nothing here depends on how many rows a launch has: sums over a row, a warp or a block go in one fixed
-// order, so that a token's result never depends on what runs beside it. NVRTC is told not to contract products
-// and sums; where a fused multiply-add is wanted it says `fmaf`.
+// name, and `DENSE_KERNEL_OF` one of which so many blocks shall fit on a multiprocessor. Sums over a row, a warp or a
+// block go in one fixed order: the same launch gives the same bits, and but for what runs on tensor cores a token's
+// result doesn't depend on what runs beside it. NVRTC is told not to contract products and sums; where a fused
+// multiply-add is wanted it says `fmaf`.
 #pragma once
 
 typedef unsigned char u8;
@@ -18,6 +19,8 @@ typedef unsigned long long u64;
     type *name = reinterpret_cast<type *>(dynamic_shared_memory)
 #define KERNEL(name, ...) extern "C" __global__ void __launch_bounds__(1024) name(__VA_ARGS__)
 #define KERNEL_OF(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
+#define DENSE_KERNEL_OF(threads, blocks, name, ...)                                                                    \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 #define INFINITY_F __int_as_float(0x7f800000)
 #else
 #define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(cuemu::dynamic_shared)
@@ -26,6 +29,7 @@ typedef unsigned long long u64;
     static int registered_##name = cuemu::register_kernel(#name, name);                                                \
     void name(__VA_ARGS__)
 #define KERNEL_OF(threads, name, ...) NAMED_KERNEL(name, __VA_ARGS__)
+#define DENSE_KERNEL_OF(threads, blocks, name, ...) NAMED_KERNEL(name, __VA_ARGS__)
 #define NAMED_KERNEL(name, ...) KERNEL(name, __VA_ARGS__)
 #define INFINITY_F __builtin_inff()
 #endif

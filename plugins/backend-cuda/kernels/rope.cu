@@ -1,7 +1,7 @@
 // Rotary embedding. The angles of a step's tokens are computed once for each table, in double precision, since
 // a float can't tell one position from the next at the far end of a long context.
 
-#include "common.cuh"
+#include "rope.cuh"
 
 // Cosine and sine of each token's position times each frequency, side by side.
 KERNEL(rope_angles, const u32 *positions, const double *frequencies, int pairs, float magnitude, float *angles) {
@@ -14,24 +14,13 @@ KERNEL(rope_angles, const u32 *positions, const double *frequencies, int pairs, 
     }
 }
 
-// Turns the first `2 × pairs` columns of each head, columns side by side where `interleaved`, else half the
-// rotated width apart, and copies the others.
+// Turns each head.
 KERNEL(rope, const float *x, int x_stride, const float *angles, int pairs, int head_dim, int interleaved, float *y,
        int y_stride, int cols) {
     const float *from = x + static_cast<size_t>(blockIdx.x) * x_stride;
     const float *turns = angles + static_cast<size_t>(blockIdx.x) * 2 * pairs;
     float *to = y + static_cast<size_t>(blockIdx.x) * y_stride;
     for (int col = threadIdx.x; col < cols; col += blockDim.x) {
-        int in_head = col % head_dim;
-        float value = from[col];
-        if (in_head < 2 * pairs) {
-            int pair = interleaved ? in_head / 2 : in_head % pairs;
-            bool first = interleaved ? in_head % 2 == 0 : in_head < pairs;
-            int apart = interleaved ? 1 : pairs;
-            float cosine = turns[2 * pair], sine = turns[2 * pair + 1];
-            float other = from[first ? col + apart : col - apart];
-            value = first ? value * cosine - other * sine : value * cosine + other * sine;
-        }
-        to[col] = value;
+        to[col] = turned(from + col / head_dim * head_dim, col % head_dim, turns, pairs, interleaved);
     }
 }

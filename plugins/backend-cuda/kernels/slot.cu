@@ -23,10 +23,11 @@ KERNEL(slot_open, const OpenedSlot *opened, const u32 *pairs, Slot *slots, u32 *
     }
 }
 
-// A row whose token couldn't be sampled is given up by the engine; until then any token will do.
+// A row whose token couldn't be sampled is given up by the engine; until then any token will do. Entries that name no
+// want fill the list up.
 KERNEL(carry, const u32 *carries, int count, const u32 *sampled, u32 *tokens) {
     int index = blockIdx.x * blockDim.x + threadIdx.x;
-    if (index < count) {
+    if (index < count && carries[2 * index + 1] != ~0u) {
         u32 token = sampled[carries[2 * index + 1]];
         tokens[carries[2 * index]] = token == NO_TOKEN ? 0 : token;
     }

@@ -4,12 +4,12 @@ use setu_core::backend::{Backend, CompileOptions, DeviceInfo, Executable, Weight
 use setu_core::component::Component;
 use setu_core::{Error, Graph, Result};
 
+use crate::attention::PART_TOKENS;
 use crate::config::CudaConfig;
 use crate::executable::{CudaExecutable, Parts, StepKernels};
 use crate::gpu::{Device, mib};
 use crate::kernels::{Kernels, Unit};
 use crate::kv::Pages;
-use crate::ops::TILE_QUERIES;
 use crate::plan;
 use crate::probe;
 use crate::sampler::Slots;
@@ -26,8 +26,7 @@ pub struct CudaBackend {
 impl Component for CudaBackend {
     type Config = CudaConfig;
     const KEY: &'static str = "cuda";
-    const DESCRIPTION: &'static str =
-        "Runs graphs on an NVIDIA GPU, with the same results however sessions are batched.";
+    const DESCRIPTION: &'static str = "Runs graphs on an NVIDIA GPU.";
 
     fn build(config: CudaConfig) -> Result<Self> {
         let devices = probe::devices()?;
@@ -74,7 +73,7 @@ impl Backend for CudaBackend {
         let device = &self.device;
         let mut kernels = Kernels::new(device, &self.config)?;
         let mut weights = Weights::new(device, graph, weights)?;
-        let unpaged = plan::lower(device, graph, &mut weights, &mut kernels, options)?;
+        let unpaged = plan::lower(device, graph, &mut weights, &mut kernels, options, self.config.batch_invariant)?;
         let weights = weights.finish()?;
         let (slots, vocab) = (options.max_slots as usize, graph.vocab_size as usize);
         let slots = Slots::new(device, slots, vocab)?;
@@ -110,8 +109,10 @@ impl Backend for CudaBackend {
             vocab,
             page_tokens: options.page_tokens as usize,
             groups: pages.groups.iter().map(|group| (group.pages, group.window)).collect(),
-            head_groups: plan.head_groups.clone(),
-            tile_queries: TILE_QUERIES,
+            tilings: plan.tilings.clone(),
+            part_tokens: PART_TOKENS,
+            spread_rows: plan.spread_rows(),
+            bucket_rows: self.config.graphs.then(|| options.max_rows.min(options.max_tokens) as usize),
         };
         let _modules = kernels.into_modules();
         let device = device.clone();

@@ -13,6 +13,12 @@ pub struct CudaConfig {
     /// Share of the device's memory that weights, workspace and KV pages may take together.
     #[config(default = 0.9, above = 0.0, max = 1.0)]
     pub memory_utilization: f64,
+    /// Gives a token the same bits whatever runs beside it, at the price of tensor cores: prompts take many times as long.
+    #[config(default = false)]
+    pub batch_invariant: bool,
+    /// Has steps in which all sessions decode launched as one graph, captured at start for each size of batch.
+    #[config(default = true)]
+    pub graphs: bool,
     /// The NVRTC library to compile kernels with; without it, it is looked for in the usual places.
     pub nvrtc: Option<PathBuf>,
     /// Folder where compiled kernels are kept; without it, `kernels` in Setu's cache.

@@ -1,25 +1,30 @@
 //! Steps from submission to their outputs.
 //!
 //! Two steps may be in flight. Each has a lane: pinned memory that it goes up from, device memory that it and its
-//! results lie in, pinned memory that they come down to. A step is launched when it is submitted and nobody waits;
+//! results lie in, pinned memory that they come down to. A step is launched when it is submitted and nobody waits: one
+//! in which every session decodes, as a graph that was captured for its size of batch, which saves most of its launches;
 //! its stage of wants waits for masks where they were announced, and then everything behind it waits too. Sampled
 //! tokens stay in the lane, where the step behind finds those that it carries on.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::time::Instant;
 
 use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepOutputs, Want};
 use setu_core::{Error, ErrorKind, Result, Ticket};
 
-use crate::gpu::{Arguments, Device, Event, Kernel, Memory, Module, Shape, Stream};
+use crate::gpu::{Arguments, Device, Event, Kernel, LaunchGraph, Memory, Module, Shape, Stream};
 use crate::kv::Pages;
 use crate::ops::Pass;
 use crate::pinned::Pinned;
 use crate::plan::Plan;
 use crate::sampler::Slots;
-use crate::step::{Limits, StepData, WANT_BYTES};
+use crate::step::{Bucket, Limits, StepData, WANT_BYTES};
 
 /// Steps that may be open at once: one for each lane.
 const LANES: usize = 2;
+/// Most pages that a step's tables have room for from the start.
+const MOST_PAGES: usize = 1 << 20;
 
 /// The kernels that belong to no node.
 #[derive(Debug)]
@@ -48,6 +53,8 @@ pub struct Parts {
 /// A compiled graph.
 #[derive(Debug)]
 pub struct CudaExecutable {
+    /// Captured launches of buckets, by lane. They are dropped before what they use.
+    graphs: HashMap<(usize, Bucket), LaunchGraph>,
     parts: Parts,
     lanes: [Lane; LANES],
     stream: Stream,
@@ -104,7 +111,7 @@ struct Results {
 
 impl Results {
     fn of(step: &StepData, vocab: usize) -> Results {
-        let wants = step.wants.len();
+        let wants = step.want_rows();
         let top_stride = step.wants.iter().map(|want| want.top as usize).max().unwrap_or(0);
         let rows = step.wants.iter().filter(|want| want.has(Want::LOGITS)).count();
         let (column, top) = (4 * wants, 4 * wants * top_stride);
@@ -133,25 +140,31 @@ impl Lane {
         })
     }
 
-    /// Makes room for a step. The step that had the lane before was waited for.
-    fn fit(&mut self, device: &Device, step: &StepData, results: Results) -> Result<()> {
+    /// Makes room for a step. The step that had the lane before was waited for. Whether memory on the device moved.
+    fn fit(&mut self, device: &Device, step: &StepData, results: Results) -> Result<bool> {
         let masks = step.wants.iter().filter(|want| want.has(Want::MASKED)).count();
-        let grow = |memory: &mut Memory, bytes: usize, what: &str| -> Result<()> {
+        self.fit_bytes(device, step.upload.len(), masks * step.mask_words * 4, results)
+    }
+
+    fn fit_bytes(&mut self, device: &Device, upload: usize, masks: usize, results: Results) -> Result<bool> {
+        let mut moved = false;
+        let mut grow = |memory: &mut Memory, bytes: usize, what: &str| -> Result<()> {
             if memory.len() < bytes {
                 *memory = device.allocate(bytes.next_power_of_two(), what)?;
+                moved = true;
             }
             Ok(())
         };
-        grow(&mut self.upload, step.upload.len(), "a step's tables")?;
-        grow(&mut self.masks, masks * step.mask_words * 4, "masks")?;
+        grow(&mut self.upload, upload, "a step's tables")?;
+        grow(&mut self.masks, masks, "masks")?;
         grow(&mut self.results, results.logits, "a step's results")?;
-        if self.up.len() < step.upload.len() {
-            self.up = Pinned::zeroed(device, step.upload.len().next_power_of_two())?;
+        if self.up.len() < upload {
+            self.up = Pinned::zeroed(device, upload.next_power_of_two())?;
         }
         if self.down.len() < results.end {
             self.down = Pinned::zeroed(device, results.end.next_power_of_two())?;
         }
-        Ok(())
+        Ok(moved)
     }
 
     /// Value `index` of those that have come down from byte `place` on.
@@ -168,7 +181,8 @@ impl Lane {
 impl CudaExecutable {
     pub fn new(parts: Parts) -> Result<CudaExecutable> {
         let device = &parts.device;
-        Ok(CudaExecutable {
+        let mut executable = CudaExecutable {
+            graphs: HashMap::new(),
             lanes: [Lane::new(device)?, Lane::new(device)?],
             stream: device.stream()?,
             open: VecDeque::new(),
@@ -177,7 +191,44 @@ impl CudaExecutable {
             last_wants: Vec::new(),
             broken: None,
             parts,
-        })
+        };
+        executable.capture_all()?;
+        Ok(executable)
+    }
+
+    /// Captures the launches of steps in which all sessions decode, for each size of batch.
+    fn capture_all(&mut self) -> Result<()> {
+        let limits = &self.parts.limits;
+        let Some(most) = limits.bucket_rows else { return Ok(()) };
+        let started = Instant::now();
+        let largest = StepData::empty(Bucket::of(most, 1, most), limits);
+        let pages = limits.rows * (limits.model_len / limits.page_tokens + 2) * limits.groups.len();
+        let bytes = largest.upload.len() + 4 * pages.min(MOST_PAGES);
+        let results = Results::of(&largest, limits.vocab);
+        for lane in &mut self.lanes {
+            lane.fit_bytes(&self.parts.device, bytes, 0, results)?;
+        }
+        for rows in Bucket::sizes(most) {
+            let bucket = Bucket::of(rows, 1, most);
+            for lane in 0..LANES {
+                let step = StepData::empty(bucket, &self.parts.limits);
+                self.capture(lane, bucket, &step)?;
+            }
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(graphs = self.graphs.len(), seconds, "Captured the launches of decoding steps.");
+        Ok(())
+    }
+
+    fn capture(&mut self, lane: usize, bucket: Bucket, step: &StepData) -> Result<()> {
+        let graph = self.stream.capture(|| {
+            self.queue_carries(lane, step)?;
+            self.queue_tokens(lane, step)?;
+            let results = Results::of(step, self.parts.limits.vocab);
+            self.queue_wants(lane, step, results, 0..bucket.rows)
+        })?;
+        self.graphs.insert((lane, bucket), graph);
+        Ok(())
     }
 
     fn position(&self, ticket: Ticket) -> Result<usize> {
@@ -203,10 +254,18 @@ impl CudaExecutable {
     fn launch_ready(&mut self) -> Result<()> {
         self.parts.device.bind()?;
         for index in 0..self.open.len() {
-            let pending = &self.open[index];
-            if pending.stage == Stage::Waiting {
-                self.launch_tokens(pending)?;
-                self.open[index].stage = Stage::TokensLaunched;
+            let Pending { stage, lane, .. } = self.open[index];
+            if stage == Stage::Waiting {
+                self.prepare(&self.open[index])?;
+                match self.open[index].step.bucket {
+                    Some(bucket) => self.launch_bucket(index, bucket)?,
+                    None => {
+                        let step = &self.open[index].step;
+                        self.queue_carries(lane, step)?;
+                        self.queue_tokens(lane, step)?;
+                        self.open[index].stage = Stage::TokensLaunched;
+                    }
+                }
             }
             let pending = &self.open[index];
             if pending.step.lacks_mask().is_some() {
@@ -220,8 +279,8 @@ impl CudaExecutable {
         Ok(())
     }
 
-    /// Queues a step's stage of tokens.
-    fn launch_tokens(&self, pending: &Pending) -> Result<()> {
+    /// Queues what differs from step to step: its tables go up, pages are copied and slots opened.
+    fn prepare(&self, pending: &Pending) -> Result<()> {
         let (step, lane, stream) = (&pending.step, &self.lanes[pending.lane], &self.stream);
         let (places, upload) = (&step.places, lane.upload.address());
         let at = |place: usize| upload + place as u64;
@@ -234,81 +293,136 @@ impl CudaExecutable {
             // SAFETY: both pages exist, as was checked when the step was taken.
             unsafe { stream.copy(group.address(to), group.address(from), group.page_bytes)? };
         }
-        if !step.opened.is_empty() {
-            let slots = &self.parts.slots;
-            slots.copy_lists(stream, &step.opened, at(places.lists))?;
-            let arguments = Arguments::new().address(at(places.opened)).address(at(places.history));
-            let arguments = arguments.address(slots.address()).address(slots.seen_address());
-            let shape = Shape::new((step.opened.len(), 1, 1), 256);
-            // SAFETY: the arguments are those of `slot_open`; slots and tokens were checked when the step was taken.
-            unsafe { stream.launch(&self.parts.kernels.open, shape, &arguments.int(self.parts.limits.vocab))? };
+        if step.opened.is_empty() {
+            return Ok(());
         }
-        if step.carries > 0 {
-            let before = &self.lanes[(pending.lane + 1) % LANES];
-            let arguments = Arguments::new().address(at(places.carries)).int(step.carries);
-            let arguments = arguments.address(before.results.address()).address(at(places.tokens));
-            let shape = Shape::new((step.carries.div_ceil(128), 1, 1), 128);
-            // SAFETY: the arguments are those of `carry`; its tokens and the wants of the step before were checked
-            // when the step was taken.
-            unsafe { stream.launch(&self.parts.kernels.carry, shape, &arguments)? };
+        let slots = &self.parts.slots;
+        slots.copy_lists(stream, &step.opened, at(places.lists))?;
+        let arguments = Arguments::new().address(at(places.opened)).address(at(places.history));
+        let arguments = arguments.address(slots.address()).address(slots.seen_address());
+        let shape = Shape::new((step.opened.len(), 1, 1), 256);
+        // SAFETY: the arguments are those of `slot_open`; slots and tokens were checked when the step was taken.
+        unsafe { stream.launch(&self.parts.kernels.open, shape, &arguments.int(self.parts.limits.vocab)) }
+    }
+
+    /// Launches a decoding step as the graph of its bucket, which is captured if no step was in it so far.
+    fn launch_bucket(&mut self, index: usize, bucket: Bucket) -> Result<()> {
+        let lane = self.open[index].lane;
+        if !self.graphs.contains_key(&(lane, bucket)) {
+            let started = Instant::now();
+            let step = StepData::empty(bucket, &self.parts.limits);
+            self.capture(lane, bucket, &step)?;
+            let (Bucket { rows, parts }, seconds) = (bucket, started.elapsed().as_secs_f64());
+            tracing::debug!(rows, parts, seconds, "Captured the launches of decoding steps.");
         }
-        if step.tokens > 0 {
-            let pass = Pass { stream, step, upload, rows: step.tokens, first_want: 0 };
-            self.parts.plan.tokens.iter().try_for_each(|op| op.launch(&pass))?;
-        }
+        // SAFETY: the graph was captured for this lane, whose memory hasn't moved since, and for steps whose tables
+        // lie as this one's do.
+        unsafe { self.stream.launch_graph(&self.graphs[&(lane, bucket)])? };
+        self.bring_down(index)?;
+        self.open[index].stage = Stage::Launched;
         Ok(())
+    }
+
+    /// Queues what fills in the tokens that the step before samples.
+    fn queue_carries(&self, lane: usize, step: &StepData) -> Result<()> {
+        if step.carries == 0 {
+            return Ok(());
+        }
+        let at = |place: usize| self.lanes[lane].upload.address() + place as u64;
+        let before = &self.lanes[(lane + 1) % LANES];
+        let arguments = Arguments::new().address(at(step.places.carries)).int(step.carries);
+        let arguments = arguments.address(before.results.address()).address(at(step.places.tokens));
+        let shape = Shape::new((step.carries.div_ceil(128), 1, 1), 128);
+        // SAFETY: the arguments are those of `carry`; its tokens and the wants of the step before were checked when
+        // the step was taken.
+        unsafe { self.stream.launch(&self.parts.kernels.carry, shape, &arguments) }
+    }
+
+    /// Queues a step's stage of tokens.
+    fn queue_tokens(&self, lane: usize, step: &StepData) -> Result<()> {
+        if step.tokens == 0 {
+            return Ok(());
+        }
+        let pass = self.pass(lane, step, 0..step.tokens);
+        self.parts.plan.tokens.iter().try_for_each(|op| op.launch(&pass))
+    }
+
+    fn pass<'a>(&'a self, lane: usize, step: &'a StepData, rows: Range<usize>) -> Pass<'a> {
+        Pass {
+            stream: &self.stream,
+            step,
+            upload: self.lanes[lane].upload.address(),
+            rows: rows.len(),
+            first_want: rows.start,
+            dense: self.parts.plan.is_dense(rows.len()),
+            bucket: step.bucket,
+        }
+    }
+
+    /// Queues a pass over some of a step's wants.
+    fn queue_wants(&self, lane: usize, step: &StepData, results: Results, wants: Range<usize>) -> Result<()> {
+        let (parts, vocab) = (&self.parts, self.parts.limits.vocab);
+        let pass = self.pass(lane, step, wants.clone());
+        parts.plan.wanted.iter().try_for_each(|op| op.launch(&pass))?;
+        let (lane, logits) = (&self.lanes[lane], parts.plan.logits);
+        let result = |place: usize, bytes: usize| lane.results.address() + (place + wants.start * bytes) as u64;
+        let arguments = Arguments::new()
+            .address(lane.upload.address() + (step.places.wants + wants.start * WANT_BYTES) as u64)
+            .address(parts.slots.address())
+            .address(parts.slots.seen_address())
+            .address(lane.masks.address())
+            .address(logits.address)
+            .int(logits.stride)
+            .int(vocab)
+            .address(parts.scratch.address())
+            .address(result(0, 4))
+            .address(result(results.logprobs, 4))
+            .address(result(results.top_tokens, 4 * results.top_stride))
+            .address(result(results.top_logprobs, 4 * results.top_stride))
+            .int(results.top_stride);
+        let threads = (vocab / 64).next_power_of_two().clamp(32, 512);
+        // SAFETY: the arguments are those of `answer`; the scratch memory has room for a pass, the lane for the
+        // step, and what the wants name was checked when the step was taken.
+        unsafe { self.stream.launch(&parts.kernels.answer, Shape::new((wants.len(), 1, 1), threads), &arguments) }
     }
 
     /// Queues a step's stage of wants, in passes, and has its results come down.
     fn launch_wants(&mut self, index: usize) -> Result<()> {
         let Pending { step, lane, results, .. } = &self.open[index];
-        let lane = &mut self.lanes[*lane];
-        let (parts, stream, vocab) = (&self.parts, &self.stream, self.parts.limits.vocab);
-        let (upload, logits) = (lane.upload.address(), parts.plan.logits);
+        let (lane, results) = (*lane, *results);
+        let (logits, vocab) = (self.parts.plan.logits, self.parts.limits.vocab);
         // SAFETY: the lane has room for all masks of the step; this memory isn't pinned, so that the driver has
         // copied it when the call returns.
-        unsafe { stream.upload(lane.masks.address(), &step.mask_bytes())? };
+        unsafe { self.stream.upload(self.lanes[lane].masks.address(), &step.mask_bytes())? };
         let mut logits_place = results.logits;
-        for wants in passes(step, parts.plan.wants) {
-            let pass = Pass { stream, step, upload, rows: wants.len(), first_want: wants.start };
-            parts.plan.wanted.iter().try_for_each(|op| op.launch(&pass))?;
-            let result = |place: usize, bytes: usize| lane.results.address() + (place + wants.start * bytes) as u64;
-            let arguments = Arguments::new()
-                .address(upload + (step.places.wants + wants.start * WANT_BYTES) as u64)
-                .address(parts.slots.address())
-                .address(parts.slots.seen_address())
-                .address(lane.masks.address())
-                .address(logits.address)
-                .int(logits.stride)
-                .int(vocab)
-                .address(parts.scratch.address())
-                .address(result(0, 4))
-                .address(result(results.logprobs, 4))
-                .address(result(results.top_tokens, 4 * results.top_stride))
-                .address(result(results.top_logprobs, 4 * results.top_stride))
-                .int(results.top_stride);
-            let threads = (vocab / 64).next_power_of_two().clamp(32, 512);
-            // SAFETY: the arguments are those of `answer`; the scratch memory has room for a pass, the lane for the
-            // step, and what the wants name was checked when the step was taken.
-            unsafe { stream.launch(&parts.kernels.answer, Shape::new((wants.len(), 1, 1), threads), &arguments)? };
+        for wants in passes(step, self.parts.plan.wants) {
+            self.queue_wants(lane, step, results, wants.clone())?;
             let with_logits = |&(_, want): &(usize, usize)| step.wants[want].has(Want::LOGITS);
-            for (row, _) in wants.clone().enumerate().filter(with_logits) {
+            for (row, _) in wants.enumerate().filter(with_logits) {
                 let from = logits.address + 4 * (row * logits.stride) as u64;
-                let to = &mut lane.down.bytes_mut()[logits_place..logits_place + 4 * vocab];
+                let to = &mut self.lanes[lane].down.bytes_mut()[logits_place..logits_place + 4 * vocab];
                 // SAFETY: the row is one of the pass; what comes down is read when the step's end was waited for.
-                unsafe { stream.download(to, from)? };
+                unsafe { self.stream.download(to, from)? };
                 logits_place += 4 * vocab;
             }
         }
-        // SAFETY: as above.
-        unsafe { stream.download(&mut lane.down.bytes_mut()[..results.logits], lane.results.address())? };
-        stream.record(&lane.end)
+        self.bring_down(index)
+    }
+
+    /// Has a step's results come down, and marks its end.
+    fn bring_down(&mut self, index: usize) -> Result<()> {
+        let Pending { lane, results, .. } = &self.open[index];
+        let lane = &mut self.lanes[*lane];
+        let from = lane.results.address();
+        // SAFETY: the lane was made as large as the step; what comes down is read when its end was waited for.
+        unsafe { self.stream.download(&mut lane.down.bytes_mut()[..results.logits], from)? };
+        self.stream.record(&lane.end)
     }
 }
 
 /// The wants of a step in passes of at most `most`, of which none samples twice with a slot: a want may depend on
 /// what the one before it sampled.
-fn passes(step: &StepData, most: usize) -> Vec<std::ops::Range<usize>> {
+fn passes(step: &StepData, most: usize) -> Vec<Range<usize>> {
     let mut passes = Vec::new();
     let (mut start, mut slots) = (0, Vec::new());
     for want in 0..step.wants.len() {
@@ -335,7 +449,7 @@ impl Executable for CudaExecutable {
             weight_bytes: weights.iter().map(|memory| memory.len() as u64).sum(),
             kv_bytes: pages.byte_len() as u64,
             workspace_bytes: (plan.workspace_bytes() + slots.byte_len() + scratch.len()) as u64,
-            batch_invariant: true,
+            batch_invariant: plan.batch_invariant,
             virtual_time: false,
         }
     }
@@ -350,7 +464,10 @@ impl Executable for CudaExecutable {
         let mut data = StepData::read(step, &self.parts.limits, &self.open_slots, &self.last_wants)?;
         let results = Results::of(&data, self.parts.limits.vocab);
         let lane = self.submitted as usize % LANES;
-        self.lanes[lane].fit(&self.parts.device, &data, results)?;
+        if self.lanes[lane].fit(&self.parts.device, &data, results)? {
+            // They have the old addresses.
+            self.graphs.clear();
+        }
         let opened = data.places.opened..data.places.history;
         self.parts.slots.prepare(&data.opened, &mut data.upload[opened])?;
         self.lanes[lane].up.bytes_mut()[..data.upload.len()].copy_from_slice(&data.upload);

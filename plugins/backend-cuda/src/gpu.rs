@@ -149,6 +149,11 @@ pub struct Stream {
 unsafe impl Send for Stream {}
 
 impl Stream {
+    /// The driver's handle, for libraries that queue work by themselves.
+    pub fn raw(&self) -> *mut c_void {
+        self.raw.cast()
+    }
+
     /// Queues a copy to the device.
     ///
     /// # Safety
@@ -199,6 +204,35 @@ impl Stream {
             .map_err(failed(format!("the kernel {} in {grid:?} blocks of {}", kernel.name, shape.threads)))
     }
 
+    /// Has what `queue` queues be kept as a graph instead of run.
+    pub fn capture(&self, queue: impl FnOnce() -> Result<()>) -> Result<LaunchGraph> {
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives.
+        unsafe { result::stream::begin_capture(self.raw, mode) }.map_err(failed("capturing a graph"))?;
+        let queued = queue();
+        // SAFETY: as above; a capture is ended whatever became of it.
+        let graph = unsafe { result::stream::end_capture(self.raw) };
+        queued?;
+        let graph = graph.map_err(failed("a captured graph"))?;
+        // No flags.
+        // SAFETY: the graph was just captured; flags of 0 are none.
+        let flags = unsafe { std::mem::zeroed::<sys::CUgraphInstantiate_flags>() };
+        // SAFETY: as above.
+        let raw = unsafe { result::graph::instantiate(graph, flags) };
+        // SAFETY: what was made of it doesn't need it.
+        let _ = unsafe { result::graph::destroy(graph) };
+        Ok(LaunchGraph { device: self.device.clone(), raw: raw.map_err(failed("a captured graph"))? })
+    }
+
+    /// Queues all of a graph.
+    ///
+    /// # Safety
+    /// As for what was queued when it was captured.
+    pub unsafe fn launch_graph(&self, graph: &LaunchGraph) -> Result<()> {
+        // SAFETY: as the caller vouches.
+        unsafe { result::graph::launch(graph.raw, self.raw) }.map_err(failed("a captured graph"))
+    }
+
     pub fn record(&self, event: &Event) -> Result<()> {
         // SAFETY: both live.
         unsafe { result::event::record(event.raw, self.raw) }.map_err(failed("an event"))
@@ -217,6 +251,24 @@ impl Drop for Stream {
         let _ = self.wait();
         // SAFETY: created in `Device::stream`, destroyed here alone.
         let _ = unsafe { result::stream::destroy(self.raw) };
+    }
+}
+
+/// Launches that are queued at once.
+#[derive(Debug)]
+pub struct LaunchGraph {
+    device: Device,
+    raw: sys::CUgraphExec,
+}
+
+// SAFETY: the driver's graphs may be used from any thread, by one at a time.
+unsafe impl Send for LaunchGraph {}
+
+impl Drop for LaunchGraph {
+    fn drop(&mut self) {
+        let _ = self.device.bind();
+        // SAFETY: made in `Stream::capture`, destroyed here alone.
+        let _ = unsafe { result::graph::exec_destroy(self.raw) };
     }
 }
 
@@ -273,6 +325,12 @@ impl Module {
         // SAFETY: the module lives.
         let raw = unsafe { result::module::get_function(self.raw, symbol) }
             .map_err(failed(format!("the kernel {name}, which the compiled file should hold")))?;
+        // The driver loads a kernel when it is first asked something of it. A first launch while a graph is captured would
+        // be too late.
+        let registers = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_NUM_REGS;
+        // SAFETY: as above.
+        unsafe { result::function::get_function_attribute(raw, registers) }
+            .map_err(failed(format!("loading the kernel {name}")))?;
         Ok(Kernel { name: name.to_owned(), raw })
     }
 }

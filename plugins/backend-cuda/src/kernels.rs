@@ -26,8 +26,12 @@ const HEADERS: &[(&str, &str)] = files![
     "formats.cuh",
     "half.cuh",
     "linear.cuh",
+    "matmul.cuh",
+    "product.cuh",
+    "rope.cuh",
     "search.cuh",
     "slot.cuh",
+    "tensor.cuh",
 ];
 
 const SOURCES: &[(&str, &str)] = files![
@@ -36,7 +40,10 @@ const SOURCES: &[(&str, &str)] = files![
     "elementwise.cu",
     "embed.cu",
     "linear.cu",
+    "matmul.cu",
     "norm.cu",
+    "pack.cu",
+    "prefill.cu",
     "rope.cu",
     "route.cu",
     "sample.cu",
@@ -45,6 +52,22 @@ const SOURCES: &[(&str, &str)] = files![
 
 /// What the emulated driver calls its device. It has the kernels compiled in.
 const EMULATED: &str = "cuemu";
+
+/// The weights' formats that there are kernels on tensor cores for: all but F32.
+const MATMUL_FORMATS: [DType; 12] = [
+    DType::F16,
+    DType::BF16,
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q2K,
+    DType::Q3K,
+    DType::Q4K,
+    DType::Q5K,
+    DType::Q6K,
+];
 
 /// A source file and the format that it is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,7 +85,9 @@ impl Unit {
             let file = name.trim_end_matches(".cu");
             let formats: &[DType] = match file {
                 "attention" => &[DType::F32, DType::F16, DType::BF16],
+                "prefill" => &[DType::F16, DType::BF16],
                 "embed" | "linear" => &DType::ALL,
+                "matmul" => &MATMUL_FORMATS,
                 _ => &[],
             };
             units.extend(formats.iter().map(|&format| Unit { file, format: Some(format) }));
@@ -85,7 +110,7 @@ impl Unit {
         // Products and sums are contracted only where the source says so: see `common.cuh`.
         let mut options =
             vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
-        let macro_name = if self.file == "attention" { "ELEMENT" } else { "FORMAT" };
+        let macro_name = if ["attention", "prefill"].contains(&self.file) { "ELEMENT" } else { "FORMAT" };
         options.extend(self.format.map(|format| format!("-D{macro_name}={}", format.name())));
         options
     }
@@ -173,25 +198,58 @@ impl Kernels {
         self.modules.into_values().collect()
     }
 
-    fn image(&mut self, unit: Unit) -> Result<Vec<u8>> {
-        let nvrtc = match self.nvrtc {
-            Some(nvrtc) => nvrtc,
-            None => *self.nvrtc.insert(Nvrtc::load(self.nvrtc_path.as_deref())?),
-        };
-        let digest = unit.digest(&self.architecture, nvrtc.version())?;
-        let path = self.cache.as_ref().map(|cache| cache.join(format!("{digest}.cubin")));
-        if let Some(image) = path.as_deref().and_then(read_image) {
-            return Ok(image);
+    /// Loads units that a graph will need, those that have to be compiled at the same time.
+    ///
+    /// # Errors
+    /// As for [`get`](Kernels::get).
+    pub fn prepare(&mut self, units: &[Unit]) -> Result<()> {
+        if self.emulated {
+            return Ok(());
         }
-        let started = Instant::now();
-        let compiled = unit.compile(&nvrtc, &self.architecture).map_err(|error| error.within(unit))?;
-        let seconds = started.elapsed().as_secs_f64();
-        tracing::info!(kernels = %unit, architecture = self.architecture, seconds, "Compiled kernels.");
-        if let Some(Err(error)) = path.as_deref().map(|path| keep(path, &compiled.cubin)) {
-            tracing::warn!(%error, "Compiled kernels can't be kept; the next start compiles them again.");
+        let missing: Vec<Unit> = units.iter().copied().filter(|unit| !self.modules.contains_key(unit)).collect();
+        let nvrtc = self.compiler()?;
+        let (architecture, cache) = (self.architecture.as_str(), self.cache.as_deref());
+        let compile = |unit: Unit| image_by(nvrtc, architecture, cache, unit);
+        let images: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = missing.iter().map(|&unit| scope.spawn(move || compile(unit))).collect();
+            let panicked = || Err(Error::internal("compiling kernels panicked"));
+            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| panicked())).collect()
+        });
+        for (unit, image) in missing.into_iter().zip(images) {
+            let module = self.device.load(&image?).map_err(|error| error.within(unit))?;
+            self.modules.insert(unit, module);
         }
-        Ok(compiled.cubin)
+        Ok(())
     }
+
+    fn compiler(&mut self) -> Result<Nvrtc> {
+        match self.nvrtc {
+            Some(nvrtc) => Ok(nvrtc),
+            None => Ok(*self.nvrtc.insert(Nvrtc::load(self.nvrtc_path.as_deref())?)),
+        }
+    }
+
+    fn image(&mut self, unit: Unit) -> Result<Vec<u8>> {
+        let nvrtc = self.compiler()?;
+        image_by(nvrtc, &self.architecture, self.cache.as_deref(), unit)
+    }
+}
+
+/// A unit's image as it was kept, or compiled and then kept.
+fn image_by(nvrtc: Nvrtc, architecture: &str, cache: Option<&Path>, unit: Unit) -> Result<Vec<u8>> {
+    let digest = unit.digest(architecture, nvrtc.version())?;
+    let path = cache.map(|cache| cache.join(format!("{digest}.cubin")));
+    if let Some(image) = path.as_deref().and_then(read_image) {
+        return Ok(image);
+    }
+    let started = Instant::now();
+    let compiled = unit.compile(&nvrtc, architecture).map_err(|error| error.within(unit))?;
+    let seconds = started.elapsed().as_secs_f64();
+    tracing::info!(kernels = %unit, architecture, seconds, "Compiled kernels.");
+    if let Some(Err(error)) = path.as_deref().map(|path| keep(path, &compiled.cubin)) {
+        tracing::warn!(%error, "Compiled kernels can't be kept; the next start compiles them again.");
+    }
+    Ok(compiled.cubin)
 }
 
 /// A kept image, if it is whole: a CUBIN is an ELF file, and the last bytes are its own digest.
@@ -212,7 +270,7 @@ fn keep(path: &Path, image: &[u8]) -> std::io::Result<()> {
 }
 
 /// `kernels` in the folder that Setu keeps models in.
-fn default_cache() -> Option<PathBuf> {
+pub fn default_cache() -> Option<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let setu = variable("SETU_CACHE");
     let setu = setu.or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("setu")));

@@ -91,7 +91,8 @@ impl Pages {
                     )));
                 }
             };
-            let bytes = page_bytes.checked_mul(pages as usize);
+            // Behind the pages lies one of nobody's, for rows that fill a step up.
+            let bytes = page_bytes.checked_mul(pages as usize + 1);
             let bytes =
                 bytes.ok_or_else(|| Error::exhausted(format!("{pages} pages of {page_bytes} bytes overflow")))?;
             let memory = device.allocate(bytes, &format!("{pages} KV pages of group `{}`", kv.name))?;
@@ -161,7 +162,8 @@ fn page_counts(graph: &Graph, options: &CompileOptions, page_bytes: &[usize], bu
         (tokens.div_ceil(options.page_tokens) + 1).saturating_mul(options.max_rows.max(1))
     };
     let most: Vec<u32> = graph.kv_groups.iter().map(most).collect();
-    let budget = if options.kv_bytes == 0 { budget } else { options.kv_bytes };
+    let nobodys = page_bytes.iter().map(|&bytes| bytes as u64).sum();
+    let budget = if options.kv_bytes == 0 { budget.saturating_sub(nobodys) } else { options.kv_bytes };
     let needed = sum(&most);
     if needed <= u128::from(budget) {
         return Ok(most);

@@ -67,12 +67,20 @@ impl Nvrtc {
     /// # Errors
     /// It isn't there, or lacks a function; the message lists what was tried.
     pub fn load(path: Option<&Path>) -> Result<Nvrtc> {
+        Nvrtc::find(path).map(|(nvrtc, _)| nvrtc)
+    }
+
+    /// As [`load`](Nvrtc::load), with the name that it was found by.
+    ///
+    /// # Errors
+    /// As [`load`](Nvrtc::load).
+    pub fn find(path: Option<&Path>) -> Result<(Nvrtc, PathBuf)> {
         let usual = path.is_none().then(|| candidates().into_iter().chain(std::iter::once_with(of_python).flatten()));
         let candidates = path.map(Path::to_owned).into_iter().chain(usual.into_iter().flatten());
         let mut reasons = Vec::new();
         for candidate in candidates {
             match Nvrtc::open(&candidate) {
-                Ok(found) => return Ok(found),
+                Ok(found) => return Ok((found, candidate)),
                 Err(reason) => reasons.push(reason),
             }
         }

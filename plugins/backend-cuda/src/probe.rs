@@ -32,11 +32,8 @@ pub fn devices() -> Result<u32> {
         ))
     };
     result::init().map_err(no_driver)?;
-    let mut version = 0;
-    // SAFETY: the driver writes one integer.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(no_driver)?;
-    if version < OLDEST_DRIVER {
-        let (major, minor) = (version / 1000, version % 1000 / 10);
+    let (major, minor) = version();
+    if 1000 * major + 10 * minor < OLDEST_DRIVER {
         return Err(Error::unsupported(format!(
             "the NVIDIA driver is for CUDA {major}.{minor}, and 12.0 is the least that is needed: install version 525 \
              or later"
@@ -49,4 +46,12 @@ pub fn devices() -> Result<u32> {
              it, or use [backend] type = \"cpu\"",
         )),
     }
+}
+
+/// The version of CUDA that the driver is for, once [`devices`] has found it.
+pub fn version() -> (i32, i32) {
+    let mut version = 0;
+    // SAFETY: the driver writes one integer; if it fails, none is what it knows.
+    let _ = unsafe { sys::cuDriverGetVersion(&mut version) };
+    (version / 1000, version % 1000 / 10)
 }

@@ -23,21 +23,61 @@ pub struct Limits {
     pub page_tokens: usize,
     /// Pages and window of each KV group.
     pub groups: Vec<(u32, Option<u32>)>,
-    /// The numbers of heads that share a KV head, of all attention nodes.
-    pub head_groups: Vec<usize>,
-    /// Queries that a block of the attention kernel handles.
-    pub tile_queries: usize,
+    /// How the queries of all attention nodes are cut into tiles.
+    pub tilings: Vec<Tiling>,
+    /// Positions in a part of the context.
+    pub part_tokens: usize,
+    /// From how many decoding rows on no context is spread over blocks, so that its length makes no difference.
+    pub spread_rows: usize,
+    /// Most rows of a bucket; none where there are to be no buckets.
+    pub bucket_rows: Option<usize>,
+}
+
+/// How queries are cut into tiles: those of a row, its tokens × the heads that share a KV head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiling {
+    pub head_group: usize,
+    /// Queries that a block handles.
+    pub queries: usize,
+    /// From how many tokens on a row is cut into tiles for tensor cores, and of how many queries.
+    pub dense: Option<(usize, usize)>,
+}
+
+/// Steps that launch the same: those in which each of at most `rows` sessions decodes one token and samples the next,
+/// and sees at most `parts` parts of its context. Rows that a step lacks are filled up with ones that nobody reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Bucket {
+    pub rows: usize,
+    pub parts: usize,
+}
+
+impl Bucket {
+    /// The buckets' numbers of rows, for steps of at most `most`.
+    pub fn sizes(most: usize) -> Vec<usize> {
+        let steps = (0..).map(|n| if n < 4 { 1 << n } else { 8 * (n - 2) }).take_while(|&rows| rows < most);
+        steps.chain([most]).collect()
+    }
+
+    /// The smallest that a step of `rows` rows is in that see up to `parts` parts.
+    pub fn of(rows: usize, parts: usize, most: usize) -> Bucket {
+        let rows = if rows <= 8 { rows.next_power_of_two() } else { rows.next_multiple_of(8) };
+        Bucket { rows: rows.min(most), parts: parts.next_power_of_two() }
+    }
 }
 
 /// A step that was accepted.
 #[derive(Debug)]
 pub struct StepData {
     pub number: u64,
+    /// Tokens that are computed: those of the rows that fill a bucket up counted.
     pub tokens: usize,
+    /// The bucket, if it is a step of one.
+    pub bucket: Option<Bucket>,
     /// For each row, its first token, and the last row's end.
     pub row_offsets: Vec<u32>,
     /// For each row, the position of its first token.
     pub row_positions: Vec<u32>,
+    /// Entries of the list of carries; those that fill it up name no want.
     pub carries: usize,
     /// Group, from, to.
     pub copies: Vec<(u32, u32, u32)>,
@@ -47,8 +87,8 @@ pub struct StepData {
     pub mask_words: usize,
     /// For each want its mask, where it was provided.
     pub masks: Vec<Option<Vec<u32>>>,
-    /// For each of the limits' head groups, how many tiles of queries there are.
-    pub tiles: Vec<usize>,
+    /// For each of the limits' tilings, how many tiles of queries there are, and how many for tensor cores.
+    pub tiles: Vec<[usize; 2]>,
     slots: Vec<u32>,
     /// What goes to the device, and where in it things lie.
     pub upload: Vec<u8>,
@@ -65,8 +105,10 @@ pub struct Places {
     pub row_positions: usize,
     pub carries: usize,
     pub groups: Vec<GroupPlaces>,
-    /// For each of the limits' head groups, pairs of row and first query.
-    pub tiles: Vec<usize>,
+    /// The pages of all groups.
+    pub pages: usize,
+    /// For each of the limits' tilings, pairs of row and first query; the second for tensor cores.
+    pub tiles: Vec<[usize; 2]>,
     /// The wanted tokens.
     pub want_tokens: usize,
     /// The structs `Want` of `kernels/sample.cu`.
@@ -80,12 +122,15 @@ pub struct Places {
 /// Byte offsets of a KV group's tables in the upload.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GroupPlaces {
+    /// Where each row's pages begin, in the list of all groups' pages.
     pub offsets: usize,
-    pub pages: usize,
     pub skipped: usize,
     /// The cell of each token: page × page tokens + place in the page.
     pub cells: usize,
 }
+
+/// The want of a carry that is none, as in `kernels/slot.cu`.
+const NO_WANT: u32 = u32::MAX;
 
 /// Bytes of a `Want` of `kernels/sample.cu`.
 pub const WANT_BYTES: usize = 32;
@@ -105,6 +150,13 @@ impl Packer {
         let place = self.place();
         self.0.extend(words.into_iter().flat_map(u32::to_le_bytes));
         place
+    }
+}
+
+impl Tiling {
+    /// Whether a row of `tokens` tokens is for tensor cores.
+    fn is_dense(&self, tokens: usize) -> bool {
+        self.dense.is_some_and(|(least, _)| tokens >= least)
     }
 }
 
@@ -135,6 +187,7 @@ impl StepData {
         let mut data = StepData {
             number: step.number,
             tokens: step.tokens.len(),
+            bucket: None,
             row_offsets: step.row_offsets.to_vec(),
             row_positions: step.positions.to_vec(),
             carries: carries.len(),
@@ -148,8 +201,56 @@ impl StepData {
             upload: Vec::new(),
             places: Places::default(),
         };
-        data.pack(step, limits, &token_ids, &carries);
+        data.bucket = data.find_bucket(limits);
+        data.tokens = data.bucket.map_or(data.tokens, |bucket| bucket.rows);
+        let tables: Vec<PageTables<'_>> = step.page_tables.iter().copied().collect();
+        data.pack(&tables, limits, &token_ids, &carries);
         Ok(data)
+    }
+
+    /// A step of `bucket` in which nothing is computed: its places are those of all steps of the bucket.
+    pub fn empty(bucket: Bucket, limits: &Limits) -> StepData {
+        let mut data = StepData {
+            number: 0,
+            tokens: bucket.rows,
+            bucket: Some(bucket),
+            row_offsets: vec![0],
+            row_positions: Vec::new(),
+            carries: 0,
+            copies: Vec::new(),
+            opened: Vec::new(),
+            wants: Vec::new(),
+            mask_words: 0,
+            masks: Vec::new(),
+            tiles: Vec::new(),
+            slots: Vec::new(),
+            upload: Vec::new(),
+            places: Places::default(),
+        };
+        let tables = vec![PageTables::new(&[0], &[], &[]); limits.groups.len()];
+        data.pack(&tables, limits, &[], &[]);
+        data
+    }
+
+    /// Rows of wants: those that fill the bucket up counted.
+    pub fn want_rows(&self) -> usize {
+        self.bucket.map_or(self.wants.len(), |bucket| bucket.rows)
+    }
+
+    fn find_bucket(&self, limits: &Limits) -> Option<Bucket> {
+        let rows = self.rows();
+        let most = limits.bucket_rows.filter(|&most| rows > 0 && rows <= most)?;
+        let plain = |(row, want): (usize, &Want)| {
+            let sampled = want.flags & !Want::LOGPROB == Want::SAMPLE;
+            want.row as usize == row && want.index == 0 && want.top == 0 && sampled
+        };
+        let mut slots = self.slots.clone();
+        slots.sort_unstable();
+        slots.dedup();
+        let decodes = self.tokens == rows && (0..rows).all(|row| self.row_tokens(row).len() == 1);
+        let samples = self.wants.len() == rows && self.wants.iter().enumerate().all(plain) && slots.len() == rows;
+        let parts = self.row_positions.iter().max().map_or(0, |&last| last as usize / limits.part_tokens + 1);
+        (decodes && samples).then(|| Bucket::of(rows, if rows < limits.spread_rows { parts } else { 1 }, most))
     }
 
     pub fn rows(&self) -> usize {
@@ -172,55 +273,76 @@ impl StepData {
         self.wants.iter().zip(&self.masks).position(|(want, mask)| want.has(Want::MASKED) && mask.is_none())
     }
 
-    /// The most parts of `part_tokens` positions that any row's queries see, with a window or without.
-    pub fn most_parts(&self, window: Option<u32>, part_tokens: usize) -> usize {
+    /// The most parts of `part_tokens` positions that the queries of any row see that isn't for tensor cores, with a
+    /// window or without.
+    pub fn most_parts(&self, tiling: Tiling, window: Option<u32>, part_tokens: usize) -> usize {
+        let rows = (0..self.rows()).filter(|&row| !tiling.is_dense(self.row_tokens(row).len()));
         let parts = |row: usize| {
             let first = self.row_positions[row] as usize;
             let count = self.row_tokens(row).len();
             let seen_from = window.map_or(0, |window| (first + 1).saturating_sub(window as usize));
             if count == 0 { 0 } else { (first + count - 1) / part_tokens - seen_from / part_tokens + 1 }
         };
-        (0..self.rows()).map(parts).max().unwrap_or(0)
+        rows.map(parts).max().unwrap_or(0)
     }
 
-    fn pack(&mut self, step: &Step<'_>, limits: &Limits, token_ids: &[u32], carries: &[Carried]) {
+    /// Writes down what goes to the device. What lies before the pages has the same place in all steps of a bucket.
+    fn pack(&mut self, tables: &[PageTables<'_>], limits: &Limits, token_ids: &[u32], carries: &[Carried]) {
         let mut packer = Packer::default();
         let rows = self.rows();
+        let fill_carries = self.bucket.map_or(0, |bucket| bucket.rows - carries.len());
+        self.carries = carries.len() + fill_carries;
+        // Rows that fill the bucket up have one token each, which goes to a page of nobody's.
+        let filled = rows..self.bucket.map_or(rows, |bucket| bucket.rows);
+        let fill = |value: u32| std::iter::repeat_n(value, filled.len());
         let position = |row: usize, token: usize| self.row_positions[row] + (token as u32 - self.row_offsets[row]);
         let each_token = || (0..rows).flat_map(|row| self.row_tokens(row).map(move |token| (row, token)));
+        let no_carries = std::iter::repeat_n([0, NO_WANT], fill_carries).flatten();
         let mut places = Places {
-            tokens: packer.words(token_ids.iter().copied()),
-            positions: packer.words(each_token().map(|(row, token)| position(row, token))),
-            row_offsets: packer.words(self.row_offsets.iter().copied()),
-            row_positions: packer.words(self.row_positions.iter().copied()),
-            carries: packer.words(carries.iter().flat_map(|&(token, want)| [token, want])),
+            tokens: packer.words(token_ids.iter().copied().chain(fill(0))),
+            positions: packer.words(each_token().map(|(row, token)| position(row, token)).chain(fill(0))),
+            row_offsets: packer.words(self.row_offsets.iter().copied().chain(filled.clone().map(|row| row as u32 + 1))),
+            row_positions: packer.words(self.row_positions.iter().copied().chain(fill(0))),
+            carries: packer.words(carries.iter().flat_map(|&(token, want)| [token, want]).chain(no_carries)),
             ..Places::default()
         };
-        for table in step.page_tables.iter() {
+        let mut pages: Vec<u32> = Vec::new();
+        for (table, &(nobodys, _)) in tables.iter().zip(&limits.groups) {
             let page_tokens = limits.page_tokens as u32;
             let cell = |(row, token): (usize, usize)| {
                 let position = position(row, token);
                 let index = table.offsets[row] + position / page_tokens - table.skipped[row];
                 table.pages[index as usize] * page_tokens + position % page_tokens
             };
+            let first = pages.len() as u32;
+            pages.extend(table.pages.iter().copied());
+            let last = pages.len() as u32;
+            pages.extend((!filled.is_empty()).then_some(nobodys));
+            let offsets = table.offsets.iter().take(rows).map(|offset| first + offset);
             places.groups.push(GroupPlaces {
-                offsets: packer.words(table.offsets.iter().copied()),
-                pages: packer.words(table.pages.iter().copied()),
-                skipped: packer.words(table.skipped.iter().copied()),
-                cells: packer.words(each_token().map(cell)),
+                offsets: packer.words(offsets.chain(fill(last))),
+                skipped: packer.words(table.skipped.iter().copied().chain(fill(0))),
+                cells: packer.words(each_token().map(cell).chain(fill(nobodys * page_tokens))),
             });
         }
-        for &group in &limits.head_groups {
-            let of_row = |row: usize| (0..self.row_tokens(row).len() * group).step_by(limits.tile_queries);
-            let tiles = (0..rows).flat_map(|row| of_row(row).map(move |first| [row as u32, first as u32]));
-            let place = packer.words(tiles.flatten());
-            self.tiles.push((packer.0.len() - place) / 8);
-            places.tiles.push(place);
+        for tiling in &limits.tilings {
+            let mut lists = [false, true].map(|dense| {
+                let queries = tiling.dense.filter(|_| dense).map_or(tiling.queries, |(_, queries)| queries);
+                let of_row = |row: usize| {
+                    let count = if row < rows { self.row_tokens(row).len() } else { 1 };
+                    let here = tiling.is_dense(count) == dense;
+                    (0..if here { count * tiling.head_group } else { 0 }).step_by(queries)
+                };
+                let tiles = (0..filled.end).flat_map(|row| of_row(row).map(move |first| [row as u32, first as u32]));
+                tiles.flatten().collect::<Vec<u32>>()
+            });
+            self.tiles.push([lists[0].len() / 2, lists[1].len() / 2]);
+            places.tiles.push([0, 1].map(|list: usize| packer.words(lists[list].drain(..))));
         }
-        places.want_tokens =
-            packer.words(self.wants.iter().map(|want| self.row_offsets[want.row as usize] + want.index));
+        let wanted = self.wants.iter().map(|want| self.row_offsets[want.row as usize] + want.index);
+        places.want_tokens = packer.words(wanted.chain(filled.clone().map(|row| row as u32)));
         let mut masks = 0;
-        places.wants = packer.words(self.wants.iter().flat_map(|want| {
+        let wants = self.wants.iter().flat_map(|want| {
             let row = want.row as usize;
             let mask = masks;
             masks += if want.has(Want::MASKED) { self.mask_words as u32 } else { 0 };
@@ -235,7 +357,9 @@ impl StepData {
                 mask,
                 0,
             ]
-        }));
+        });
+        places.wants = packer.words(wants.chain(filled.clone().flat_map(|row| [row as u32, 0, 0, 0, 0, 0, 0, 0])));
+        places.pages = packer.words(pages);
         places.opened = packer.place();
         packer.0.resize(places.opened + self.opened.len() * sampler::OPENED_BYTES, 0);
         places.history = packer.words(self.opened.iter().flat_map(|open| open.history.iter().copied()));

@@ -1,8 +1,8 @@
 //! Which values share memory.
 //!
-//! A graph's nodes run in two stages: those with a row for each token, once; then those with a row for each wanted
-//! output, in passes of a few wants, because logits of a whole prompt would take gigabytes. Values of a stage that
-//! never meet share a buffer.
+//! Units run in two stages: those with a row for each token, once; then those with a row for each wanted output, in
+//! passes of a few wants, because logits of a whole prompt would take gigabytes. Values of a stage that never meet
+//! share a buffer.
 
 use setu_core::Graph;
 use setu_core::graph::{Node, RowSpace};
@@ -20,92 +20,99 @@ pub fn stride(cols: usize) -> usize {
     cols.next_multiple_of(ALIGN_COLS)
 }
 
-/// Memory that several values share in turn.
+/// Something that has to be kept: one value, several side by side, or a copy of a value in halves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Item {
+    pub rows: RowSpace,
+    /// Four-byte words of a row.
+    pub words: usize,
+    /// Whether it is an output of the graph, or kept for another reason.
+    pub stays: bool,
+}
+
+/// What reads and writes items, at one time.
+#[derive(Clone, Debug)]
+pub struct Access {
+    pub rows: RowSpace,
+    pub reads: Vec<usize>,
+    pub writes: Vec<usize>,
+}
+
+/// Memory that several items share in turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     pub rows: RowSpace,
-    /// Elements of a row.
-    pub stride: usize,
+    /// Words of a row.
+    pub words: usize,
 }
 
-/// Gives each value of a graph a buffer: the buffers, and of each value which it has.
-pub fn assign(graph: &Graph) -> (Vec<Buffer>, Vec<usize>) {
-    // The order in which nodes run.
+/// Gives each item a buffer: the buffers, and of each item which it has.
+pub fn assign(items: &[Item], accesses: &[Access]) -> (Vec<Buffer>, Vec<usize>) {
+    // The order in which they run.
     let stages = [RowSpace::Tokens, RowSpace::Wanted];
-    let order: Vec<&Node> =
-        stages.iter().flat_map(|&rows| graph.nodes.iter().filter(move |node| stage(graph, node) == rows)).collect();
-    let mut dies = vec![0; graph.values.len()];
-    for (time, node) in order.iter().enumerate() {
-        for &value in node.inputs.iter().chain(&node.outputs) {
+    let order: Vec<&Access> =
+        stages.iter().flat_map(|&rows| accesses.iter().filter(move |access| access.rows == rows)).collect();
+    let mut dies: Vec<usize> = items.iter().map(|item| if item.stays { usize::MAX } else { 0 }).collect();
+    for (time, access) in order.iter().enumerate() {
+        for &item in access.reads.iter().chain(&access.writes) {
             // What the wanted stage reads of the first is read by every pass.
-            let crosses = graph.value(value).rows != stage(graph, node);
-            dies[value.0 as usize] = if crosses { usize::MAX } else { dies[value.0 as usize].max(time) };
+            let crosses = items[item].rows != access.rows;
+            dies[item] = if crosses { usize::MAX } else { dies[item].max(time) };
         }
-    }
-    for output in &graph.outputs {
-        dies[output.value.0 as usize] = usize::MAX;
     }
     let mut buffers: Vec<Buffer> = Vec::new();
     let mut busy_until: Vec<usize> = Vec::new();
-    let mut of_value = vec![usize::MAX; graph.values.len()];
-    for (time, node) in order.iter().enumerate() {
-        for &output in &node.outputs {
-            let value = graph.value(output);
-            let wanted = stride(value.cols as usize);
-            let free = (0..buffers.len()).filter(|&at| buffers[at].rows == value.rows && busy_until[at] < time);
+    let mut of_item = vec![usize::MAX; items.len()];
+    for (time, access) in order.iter().enumerate() {
+        for &output in &access.writes {
+            let Item { rows, words, .. } = items[output];
+            let free = (0..buffers.len()).filter(|&at| buffers[at].rows == rows && busy_until[at] < time);
             // The one that fits best; if none does, the largest grows.
             let best = free.min_by_key(|&at| {
-                let stride = buffers[at].stride;
-                if stride >= wanted { (false, stride - wanted) } else { (true, wanted - stride) }
+                let found = buffers[at].words;
+                if found >= words { (false, found - words) } else { (true, words - found) }
             });
             let at = best.unwrap_or_else(|| {
-                buffers.push(Buffer { rows: value.rows, stride: 0 });
+                buffers.push(Buffer { rows, words: 0 });
                 busy_until.push(0);
                 buffers.len() - 1
             });
-            buffers[at].stride = buffers[at].stride.max(wanted);
-            busy_until[at] = dies[output.0 as usize];
-            of_value[output.0 as usize] = at;
+            buffers[at].words = buffers[at].words.max(words);
+            busy_until[at] = dies[output];
+            of_item[output] = at;
         }
     }
-    (buffers, of_value)
+    (buffers, of_item)
 }
 
 #[cfg(test)]
 mod tests {
-    use setu_core::graph::{ActivationKind, GraphBuilder, Op, Shard};
-
     use super::*;
 
     #[test]
-    fn values_that_never_meet_share_a_buffer_and_those_that_do_never() {
-        let mut g = GraphBuilder::new("chain", 10, 8);
-        let table = g.weight("embed", "e", &[10, 12], Shard::Replicated);
-        let first = g.embed("embed", table).unwrap();
-        let op = Op::Activation { kind: ActivationKind::Relu };
-        let mut x = first;
-        for layer in 0..4 {
-            let y = g.node(&format!("relu.{layer}"), op.clone(), &[x]).unwrap()[0];
-            x = g.add(&format!("add.{layer}"), first, y).unwrap();
+    fn items_that_never_meet_share_a_buffer_and_those_that_do_never() {
+        let item = |rows| Item { rows, words: 16, stays: false };
+        let tokens = RowSpace::Tokens;
+        // The first lives on beside a chain of others; what is wanted of the last has buffers of its own.
+        let mut items = vec![item(tokens)];
+        let mut accesses = vec![Access { rows: tokens, reads: vec![], writes: vec![0] }];
+        for link in 0..8 {
+            items.push(item(tokens));
+            accesses.push(Access { rows: tokens, reads: vec![0, link], writes: vec![link + 1] });
         }
-        let x = g.select("select", x).unwrap();
-        let head = g.weight("head", "h", &[10, 12], Shard::Replicated);
-        let logits = g.linear("logits", x, head, None).unwrap();
-        g.output("logits", logits);
-        let graph = g.finish().unwrap();
-        let (buffers, of_value) = assign(&graph);
-        // The first value lives on; the others take turns in two buffers; selected rows and logits have their own.
+        items.extend([item(RowSpace::Wanted), Item { stays: true, ..item(RowSpace::Wanted) }]);
+        accesses.push(Access { rows: RowSpace::Wanted, reads: vec![8], writes: vec![9] });
+        accesses.push(Access { rows: RowSpace::Wanted, reads: vec![9], writes: vec![10] });
+        let (buffers, of_item) = assign(&items, &accesses);
         assert_eq!(buffers.len(), 5, "{buffers:?}");
-        assert!(buffers.iter().all(|buffer| buffer.stride == 16));
-        let mut last_use = vec![0; graph.values.len()];
-        for (time, node) in graph.nodes.iter().enumerate() {
-            node.inputs.iter().for_each(|input| last_use[input.0 as usize] = time);
+        let mut last_use = vec![0; items.len()];
+        for (time, access) in accesses.iter().enumerate() {
+            access.reads.iter().for_each(|&read| last_use[read] = time);
         }
-        for (time, node) in graph.nodes.iter().enumerate() {
-            let mine = of_value[node.outputs[0].0 as usize];
-            for other in 0..graph.values.len() {
-                let computed = graph.nodes[..time].iter().any(|node| node.outputs[0].0 as usize == other);
-                assert!(!computed || last_use[other] < time || of_value[other] != mine, "{}", node.name);
+        for (time, access) in accesses.iter().enumerate() {
+            for other in accesses[..time].iter().map(|before| before.writes[0]) {
+                let mine = of_item[access.writes[0]];
+                assert!(last_use[other] < time || of_item[other] != mine, "at {time}");
             }
         }
     }

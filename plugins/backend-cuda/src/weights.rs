@@ -21,8 +21,8 @@ pub struct Weights<'a> {
     device: Device,
     stream: Stream,
     staging: [(Pinned, Event); 2],
-    matrices: HashMap<WeightId, u64>,
-    vectors: HashMap<WeightId, u64>,
+    matrices: HashMap<Vec<WeightId>, u64>,
+    vectors: HashMap<Vec<WeightId>, u64>,
     memory: Vec<Memory>,
 }
 
@@ -61,45 +61,66 @@ impl<'a> Weights<'a> {
         })
     }
 
+    pub fn dtype(&self, id: WeightId) -> DType {
+        self.data[id.0 as usize].dtype
+    }
+
     /// A weight as it is.
     pub fn matrix(&mut self, id: WeightId) -> Result<Matrix> {
-        let dtype = self.data[id.0 as usize].dtype;
-        let address = match self.matrices.get(&id) {
-            Some(&address) => address,
-            None => {
-                let memory = self.upload(id)?;
-                let address = memory.address();
-                self.memory.push(memory);
-                self.matrices.insert(id, address);
-                address
-            }
-        };
+        self.matrices(&[id])
+    }
+
+    /// Weights of one format, as they are and one behind the other. A weight that is in several such lists is on the
+    /// device several times.
+    pub fn matrices(&mut self, ids: &[WeightId]) -> Result<Matrix> {
+        let dtype = self.dtype(ids[0]);
+        if let Some(&address) = self.matrices.get(ids) {
+            return Ok(Matrix { address, dtype });
+        }
+        let bytes = ids.iter().map(|&id| self.byte_len(id)).sum();
+        let memory = self.device.allocate(bytes, &self.graph.weight(ids[0]).name)?;
+        let address = memory.address();
+        self.memory.push(memory);
+        let mut place = address;
+        for &id in ids {
+            self.upload(id, place)?;
+            place += self.byte_len(id) as u64;
+        }
+        self.matrices.insert(ids.to_vec(), address);
         Ok(Matrix { address, dtype })
     }
 
-    /// A vector as f32: decoded on the device, as the row of a table of one row.
-    pub fn vector(&mut self, id: WeightId, kernels: &mut Kernels) -> Result<u64> {
-        if let Some(&address) = self.vectors.get(&id) {
+    /// Vectors as f32, one behind the other: each decoded on the device, as the row of a table of one row.
+    pub fn vectors(&mut self, ids: &[WeightId], kernels: &mut Kernels) -> Result<u64> {
+        if let Some(&address) = self.vectors.get(ids) {
             return Ok(address);
         }
-        let len = self.graph.weight(id).shape.iter().product();
-        let unit = Unit { file: "embed", format: Some(self.data[id.0 as usize].dtype) };
-        let embed = kernels.get(unit, "embed")?;
-        let raw = self.upload(id)?;
-        let vector = self.device.allocate(4 * len, &self.graph.weight(id).name)?;
+        let len_of = |id: WeightId| self.graph.weight(id).shape.iter().product::<usize>();
+        let vector = self
+            .device
+            .allocate(4 * ids.iter().map(|&id| len_of(id)).sum::<usize>(), &self.graph.weight(ids[0]).name)?;
         let row = self.device.allocate(4, "a row number")?;
-        let arguments = Arguments::new().address(row.address()).address(raw.address()).float(1.0);
-        let arguments = arguments.address(vector.address()).int(len).int(len);
-        // SAFETY: one row number; the arguments are those of `embed`: the table has one row of `len` elements, and
-        // the result room for them. All is waited for before anything is freed.
-        unsafe {
-            self.stream.upload(row.address(), &[0; 4])?;
-            self.stream.launch(&embed, Shape::new((1, 1, 1), 256), &arguments)?;
+        let mut place = vector.address();
+        for &id in ids {
+            let len = self.graph.weight(id).shape.iter().product();
+            let unit = Unit { file: "embed", format: Some(self.dtype(id)) };
+            let embed = kernels.get(unit, "embed")?;
+            let raw = self.device.allocate(self.byte_len(id), &self.graph.weight(id).name)?;
+            self.upload(id, raw.address())?;
+            let arguments = Arguments::new().address(row.address()).address(raw.address()).float(1.0);
+            let arguments = arguments.address(place).int(len).int(len);
+            // SAFETY: one row number; the arguments are those of `embed`: the table has one row of `len` elements, and
+            // the result room for them. All is waited for before anything is freed.
+            unsafe {
+                self.stream.upload(row.address(), &[0; 4])?;
+                self.stream.launch(&embed, Shape::new((1, 1, 1), 256), &arguments)?;
+            }
+            self.stream.wait()?;
+            place += 4 * len as u64;
         }
-        self.stream.wait()?;
         let address = vector.address();
         self.memory.push(vector);
-        self.vectors.insert(id, address);
+        self.vectors.insert(ids.to_vec(), address);
         Ok(address)
     }
 
@@ -120,11 +141,13 @@ impl<'a> Weights<'a> {
         Ok(self.memory)
     }
 
-    fn upload(&mut self, id: WeightId) -> Result<Memory> {
-        let (weight, data) = (self.graph.weight(id), &self.data[id.0 as usize]);
-        let bytes = data.parts.iter().map(|part| part.len()).sum();
-        let memory = self.device.allocate(bytes, &weight.name)?;
-        let mut address = memory.address();
+    fn byte_len(&self, id: WeightId) -> usize {
+        self.data[id.0 as usize].parts.iter().map(|part| part.len()).sum()
+    }
+
+    /// Copies a weight to memory that has room for it.
+    fn upload(&mut self, id: WeightId, mut address: u64) -> Result<()> {
+        let data = &self.data[id.0 as usize];
         for chunk in data.parts.iter().flat_map(|part| part.chunks(STAGING_BYTES)) {
             self.staging.swap(0, 1);
             let (buffer, event) = &mut self.staging[0];
@@ -135,6 +158,6 @@ impl<'a> Weights<'a> {
             self.stream.record(event)?;
             address += chunk.len() as u64;
         }
-        Ok(memory)
+        Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Steps that wait for masks, and the steps behind them.
+//! Steps behind others: those that wait for masks, and those that decode with tokens that are still sampled.
 
 mod common;
 
@@ -107,4 +107,68 @@ fn wants_are_answered_in_passes_and_in_order() {
     for (index, row) in alone.iter().enumerate() {
         assert_eq!(outputs.logits_row(index), row, "token {index}");
     }
+}
+
+/// Six sessions that decode with each token carried on from the step before: the tokens of all, session by session.
+fn decode(mut backend: Box<dyn setu_core::Backend>) -> Vec<Vec<u32>> {
+    let graph = model(SHAPE).unwrap();
+    let weights = WeightSet::random(&graph, DType::F32, 12);
+    let mut options = CompileOptions::new(64, 7, MAX_LEN);
+    options.kv_pages = vec![128];
+    let exec = backend.compile(&graph, &weights.data(), &options).unwrap();
+    let mut rig = Rig::of(&graph, exec, options);
+    // The longest goes on into a second part of its context.
+    let lengths = [1, 3, 20, 5, 2, 33];
+    let mut sequences = lengths.map(|len| rig.random_sequence(len));
+    let mut tokens = vec![Vec::new(); lengths.len()];
+    let mut before = None;
+    for number in 0..110 {
+        let mut step = rig.step();
+        for (index, sequence) in sequences.iter_mut().enumerate() {
+            // They end one by one, so that rows are of another number and carried on from another place.
+            if number >= 14 * (index + 1) {
+                continue;
+            }
+            let row = if number == 0 {
+                let mut slot = SlotData { slot: index as u32, seed: 7, ..SlotData::default() };
+                (slot.params.temperature, slot.params.presence_penalty) = (1.5, 0.5);
+                step.opened_slots.push(slot);
+                sequence.slot = index as u32;
+                rig.add(&mut step, sequence, lengths[index])
+            } else {
+                let ended = (0..index).filter(|other| number > 14 * (other + 1)).count();
+                rig.add_carried(&mut step, sequence, (index - ended) as u32)
+            };
+            let last = if number == 0 { lengths[index] as u32 - 1 } else { 0 };
+            step.wants.push(Want::new(row, last, Want::SAMPLE | Want::LOGPROB));
+        }
+        if step.wants.is_empty() {
+            break;
+        }
+        let ticket = rig.submit(&step).unwrap();
+        if let Some((ticket, step)) = before.replace((ticket, step)) {
+            collect(&mut rig, ticket, &step, &mut tokens);
+        }
+    }
+    let (ticket, step) = before.unwrap();
+    collect(&mut rig, ticket, &step, &mut tokens);
+    tokens
+}
+
+fn collect(
+    rig: &mut Rig<'_>,
+    ticket: setu_core::Ticket,
+    step: &setu_testkit::steps::StepData,
+    tokens: &mut [Vec<u32>],
+) {
+    let outputs = rig.wait(ticket, step).unwrap();
+    assert!(outputs.logprobs.iter().all(|logprob| *logprob < 0.0));
+    step.slots.iter().zip(&outputs.tokens).for_each(|(slot, token)| tokens[*slot as usize].push(*token));
+}
+
+#[test]
+fn captured_steps_give_what_plain_ones_do() {
+    let (plain, captured) = (decode(common::without_graphs()), decode(backend()));
+    assert_eq!(plain.iter().map(Vec::len).collect::<Vec<_>>(), [14, 28, 42, 56, 70, 84]);
+    assert_eq!(plain, captured);
 }

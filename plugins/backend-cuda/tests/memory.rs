@@ -30,7 +30,7 @@ fn what_does_not_fit_is_told_with_its_sum() {
     pages.kv_pages = vec![4000];
     let error = compile(&pages).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Exhausted, "{error}");
-    for part in ["4000 KV pages of group `group`", "125 MiB", "are free", "CUDA_ERROR_OUT_OF_MEMORY", "weights take"] {
+    for part in ["4000 KV pages of group `group`", "126 MiB", "are free", "CUDA_ERROR_OUT_OF_MEMORY", "weights take"] {
         assert!(error.message().contains(part), "{part:?} is missing in {error}");
     }
 

@@ -120,6 +120,7 @@ fn open_hf(directory: &Path, layout: hf::Layout) -> Result<Contents> {
         directory: Some(directory.to_path_buf()),
         tensors: shards.tensors,
         skipped: shards.skipped,
+        dummy: None,
     })
 }
 
@@ -184,5 +185,6 @@ fn join(headers: Vec<gguf::Header>, files: Vec<MappedFile>, parts: &[PathBuf]) -
         directory: None,
         tensors,
         skipped,
+        dummy: None,
     })
 }

@@ -9,6 +9,7 @@
 //! A file that another program cuts short or overwrites while it is mapped is out of scope: reads behind its
 //! new end end the process, as with every engine that maps weights. Replace checkpoints by renaming.
 
+mod dummy;
 mod files;
 mod gguf;
 mod hf;
@@ -24,8 +25,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::Value;
+use setu_core::backend::WeightData;
 use setu_core::model::{CheckpointFormat, CheckpointInfo};
-use setu_core::{DType, Error, Result};
+use setu_core::{DType, Error, Graph, Result};
 
 pub use scan::{scan_all, scan_scales};
 pub use tensors::{SkippedTensor, Tensor};
@@ -53,6 +55,8 @@ struct Contents {
     directory: Option<PathBuf>,
     tensors: Tensors,
     skipped: Vec<SkippedTensor>,
+    /// There are no weights, and these in their place.
+    dummy: Option<dummy::Dummy>,
 }
 
 /// A file of a checkpoint.
@@ -89,6 +93,24 @@ impl Checkpoint {
     /// ```
     pub fn open(path: &Path) -> Result<Checkpoint> {
         files::open(path).map(|contents| Checkpoint(Arc::new(contents)))
+    }
+
+    /// Opens the `config.json` at `path`, or in that directory, as a checkpoint of seeded random weights, matrices in
+    /// `dtype`: whatever the model component asks for.
+    ///
+    /// # Errors
+    /// There is no such file, or it isn't one.
+    pub fn dummy(path: &Path, dtype: DType) -> Result<Checkpoint> {
+        dummy::open(path, dtype).map(|contents| Checkpoint(Arc::new(contents)))
+    }
+
+    /// The data of all weights of `graph`, if the weights are dummies.
+    pub fn dummy_weights(&self, graph: &Graph) -> Option<Result<Vec<WeightData<'_>>>> {
+        self.0.dummy.as_ref().map(|dummy| dummy.weights(graph))
+    }
+
+    pub fn is_dummy(&self) -> bool {
+        self.0.dummy.is_some()
     }
 
     pub fn format(&self) -> CheckpointFormat {
@@ -149,6 +171,7 @@ impl Checkpoint {
     pub fn info(&self) -> CheckpointInfo {
         let tensors = self.0.tensors.iter().map(|stored| stored.info.clone()).collect();
         let mut info = CheckpointInfo::new(self.format(), self.architecture(), self.metadata().clone(), tensors);
+        info.dummy = self.is_dummy();
         for tensor in self.tensors() {
             let small = tensor.shape.len() == 1 && tensor.elements() <= MAX_CONSTANT;
             if small && tensor.dtype == DType::F32 && tensor.name.contains("rope") {

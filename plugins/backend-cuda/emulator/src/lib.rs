@@ -25,6 +25,15 @@ const FLAGS: [&str; 11] = [
     "-Wl,-soname,libcuda.so",
 ];
 
+/// With this variable in the environment the driver is built with AddressSanitizer, whose library must be loaded first.
+pub const SANITIZE: &str = "CUEMU_SANITIZE";
+const SANITIZER_FLAGS: [&str; 3] = ["-fsanitize=address", "-O1", "-g1"];
+
+fn flags() -> Vec<&'static str> {
+    let sanitizer: &[&str] = if std::env::var_os(SANITIZE).is_some() { &SANITIZER_FLAGS } else { &[] };
+    FLAGS.iter().chain(sanitizer).copied().collect()
+}
+
 /// Builds the driver in a folder of its own below `folder`, unless it is there: the folder that holds `libcuda.so`.
 ///
 /// # Panics
@@ -43,7 +52,7 @@ pub fn build(folder: &Path) -> PathBuf {
     let partial = folder.join(format!("partial-{}", std::process::id()));
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
     let mut command = Command::new(&compiler);
-    command.args(FLAGS).arg("-o").arg(&partial).args(["kernels.cpp", "scheduler.cpp", "driver.cpp"]);
+    command.args(flags()).arg("-o").arg(&partial).args(["kernels.cpp", "scheduler.cpp", "driver.cpp"]);
     let output = command.current_dir(sources).output().unwrap_or_else(|error| {
         panic!("the emulated CUDA driver needs a C++ compiler ({}: {error}): install g++", compiler.display())
     });
@@ -76,7 +85,7 @@ pub fn load(folder: &Path) {
 /// A number that changes with the files in `folders` and with how they are compiled.
 fn digest(folders: &[&Path]) -> u64 {
     let mut hasher = DefaultHasher::new();
-    FLAGS.hash(&mut hasher);
+    flags().hash(&mut hasher);
     for folder in folders {
         let entries = std::fs::read_dir(folder).expect("the sources can be read").flatten();
         let mut files: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_file()).collect();

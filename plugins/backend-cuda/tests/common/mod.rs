@@ -19,14 +19,37 @@ pub fn folder() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
-/// A backend on the emulated driver.
+/// A backend on the emulated driver, or on a GPU.
 ///
 /// # Panics
 /// The driver isn't there.
 pub fn backend() -> Box<dyn Backend> {
+    backend_with(CudaConfig::default())
+}
+
+/// One that gives a token the same bits whatever runs beside it.
+///
+/// # Panics
+/// The driver isn't there.
+pub fn invariant() -> Box<dyn Backend> {
+    backend_with(CudaConfig { batch_invariant: true, ..CudaConfig::default() })
+}
+
+/// One that launches every step kernel by kernel.
+///
+/// # Panics
+/// The driver isn't there.
+pub fn without_graphs() -> Box<dyn Backend> {
+    backend_with(CudaConfig { graphs: false, ..CudaConfig::default() })
+}
+
+/// With `SETU_GPU` in the environment the driver is whichever the machine has.
+fn backend_with(config: CudaConfig) -> Box<dyn Backend> {
     static ONCE: Once = Once::new();
-    ONCE.call_once(|| setu_cuemu::load(folder()));
-    Box::new(CudaBackend::build(CudaConfig::default()).expect("the emulated driver has a device"))
+    if std::env::var_os("SETU_GPU").is_none() {
+        ONCE.call_once(|| setu_cuemu::load(folder()));
+    }
+    Box::new(CudaBackend::build(config).expect("the driver has a device"))
 }
 
 /// The heads of a model.

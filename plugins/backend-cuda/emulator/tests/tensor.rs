@@ -1,0 +1,25 @@
+//! Tensor cores and asynchronous copies mean on the emulator what the instruction set says.
+
+use std::path::Path;
+use std::process::Command;
+
+#[test]
+fn tensor_cores_are_as_described() {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuemu-tensor-{}", std::process::id()));
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
+    let mut command = Command::new(compiler);
+    command.args(["-std=c++17", "-O1", "-o"]).arg(&program).args(["tests/tensor.cpp", "scheduler.cpp"]);
+    let built = command.current_dir(sources).output().expect("a C++ compiler: install g++");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    for reverse in [false, true] {
+        let mut command = Command::new(&program);
+        if reverse {
+            command.env("CUEMU_REVERSE", "1");
+        }
+        let output = command.output().expect("the program runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("as described"), "{said}");
+    }
+    let _ = std::fs::remove_file(&program);
+}

@@ -1,0 +1,235 @@
+// Paged attention on tensor cores, for one element type of keys and values: for rows with many queries, such as
+// prompts. What has few goes to attention.cu.
+//
+// A block takes a tile of queries of one KV head: heads of its group and neighbouring tokens. It walks through the
+// keys that they see, KEYS at a time, with the next ones on their way. Scores stay in registers, where they become the
+// left operand of the product with the values; sums are rescaled whenever a higher score is met.
+//
+// What a query doesn't see it multiplies by 0, so that a NaN of its own sequence's later tokens reaches it. Those of
+// other sequences never do: what nobody of the tile sees is read as 0.
+
+#ifndef SETU_PREFILL
+#define SETU_PREFILL
+#include "attention.cuh"
+#include "formats.cuh"
+
+// Queries of a block, 16 for each of its warps, and positions at a time.
+constexpr int TILE_QUERIES = 64;
+constexpr int KEYS = 64;
+
+// Where piece `piece` of row `row` lies in a tile with rows of HEAD halves: eight rows lie in different banks.
+template <int HEAD> __device__ __forceinline__ int head_piece(int row, int piece) {
+    return row * HEAD + (piece ^ (row & 7)) * 8;
+}
+
+// The hyperbolic tangent in few instructions, since there is one for every score.
+__device__ __forceinline__ float short_tanh(float x) {
+    return 1.0f - __fdividef(2.0f, exp2f(2.88539008177792682f * x) + 1.0f);
+}
+
+// Where a row's keys and values are.
+struct Context {
+    Pages pages;
+    const u32 *row_pages;
+    int skipped, kv_head, seen_from, seen_to;
+
+    __device__ __forceinline__ const u8 *page_of(int position) const {
+        return pages.start + row_pages[position / pages.page_tokens - skipped] * pages.page_bytes;
+    }
+
+    // Starts to copy the keys and values of the positions from `begin` on.
+    template <int HEAD> __device__ __forceinline__ void fetch(int begin, u16 *keys, u16 *values) const {
+        int k_pieces = pages.k_padded / 8, v_pieces = pages.v_dim / 8;
+        for (int i = threadIdx.x; i < KEYS * HEAD / 8; i += blockDim.x) {
+            int row = i % KEYS, piece = i / KEYS, position = begin + row;
+            bool exists = position >= seen_from && position <= seen_to && piece < k_pieces;
+            const u8 *from = pages.start;
+            if (exists) {
+                size_t at = static_cast<size_t>(kv_head * k_pieces + piece) * pages.page_tokens;
+                from = page_of(position) + pages.k_at + (at + position % pages.page_tokens) * 16;
+            }
+            copy_async(keys + head_piece<HEAD>(row, piece), from, exists);
+        }
+        for (int i = threadIdx.x; i < KEYS * HEAD / 8; i += blockDim.x) {
+            int row = i / (HEAD / 8), piece = i % (HEAD / 8), position = begin + row;
+            bool exists = position >= seen_from && position <= seen_to && piece < v_pieces;
+            const u8 *from = pages.start;
+            if (exists) {
+                size_t at = static_cast<size_t>(kv_head) * pages.page_tokens + position % pages.page_tokens;
+                from = page_of(position) + pages.v_at + (at * v_pieces + piece) * 16;
+            }
+            copy_async(values + head_piece<HEAD>(row, piece), from, exists);
+        }
+        commit_copies();
+    }
+};
+
+// As `attend` of attention.cu; heads are at most HEAD columns wide, and those of values a multiple of eight.
+template <Half HALF, int HEAD>
+__device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offsets, const u32 *table_pages,
+                                            const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
+                                            const u32 *tiles, const float *q, int q_stride, int group, int window,
+                                            float scale, float softcap, const float *sinks, float *y, int y_stride,
+                                            u16 *halves, int halves_stride, int half) {
+    constexpr float LOG2_E = 1.44269504088896341f;
+    int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
+    int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
+    int queries = min(TILE_QUERIES, tokens * group - first_query);
+    int kv_head = blockIdx.y;
+    int first_position = static_cast<int>(row_positions[row]);
+    auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
+    Context context = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
+                       first_seen(position_of(0), window), position_of(queries - 1)};
+
+    DYNAMIC_SHARED(u16, shared);
+    u16 *query = shared, *keys = query + TILE_QUERIES * HEAD, *values = keys + 2 * KEYS * HEAD;
+    int tile = context.seen_from / KEYS, last_tile = context.seen_to / KEYS;
+    context.fetch<HEAD>(tile * KEYS, keys, values);
+    for (int i = threadIdx.x; i < TILE_QUERIES * HEAD / 2; i += blockDim.x) {
+        int in_tile = i / (HEAD / 2), dim = i % (HEAD / 2) * 2;
+        int number = first_query + in_tile;
+        const float *from = q + (first_token + number / group) * static_cast<size_t>(q_stride) +
+                            (kv_head * group + number % group) * pages.k_dim;
+        float first = in_tile < queries && dim < pages.k_dim ? from[dim] : 0.0f;
+        float second = in_tile < queries && dim + 1 < pages.k_dim ? from[dim + 1] : 0.0f;
+        *reinterpret_cast<u32 *>(query + head_piece<HEAD>(in_tile, dim / 8) + dim % 8) = halves_of<HALF>(first, second);
+    }
+
+    int lane = lane_of_thread(), first_of_warp = 16 * warp_of_thread();
+    int place = lane % 4 * 2;
+    // This lane's two queries: what they see, the highest score so far, and the sum of what it has of their terms.
+    int from[2], to[2];
+    float highest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int lower = 0; lower < 2; lower++) {
+        int number = first_of_warp + lane / 4 + 8 * lower;
+        to[lower] = number < queries ? position_of(number) : -1;
+        from[lower] = first_seen(position_of(number), window);
+    }
+    float inverse_cap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
+    float sums[HEAD / 8][4] = {};
+    for (int stage = 0; tile <= last_tile; tile++, stage ^= 1) {
+        if (tile < last_tile) {
+            int next = (stage ^ 1) * KEYS * HEAD;
+            context.fetch<HEAD>((tile + 1) * KEYS, keys + next, values + next);
+            wait_for_copies<1>();
+        } else {
+            wait_for_copies<0>();
+        }
+        __syncthreads();
+        const u16 *stage_keys = keys + stage * KEYS * HEAD, *stage_values = values + stage * KEYS * HEAD;
+        float scores[KEYS / 8][4] = {};
+#pragma unroll
+        for (int piece = 0; piece < HEAD / 8; piece += 2) {
+            u32 a[4];
+            load_matrices(a, query + head_piece<HEAD>(first_of_warp + lane % 16, piece + lane / 16));
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j += 2) {
+                u32 b[4];
+                int key = 8 * j + lane % 8 + lane / 16 * 8;
+                load_matrices(b, stage_keys + head_piece<HEAD>(key, piece + lane / 8 % 2));
+                multiply_add<HALF>(scores[j], a, b[0], b[1]);
+                multiply_add<HALF>(scores[j + 1], a, b[2], b[3]);
+            }
+        }
+        float above[2] = {highest[0], highest[1]};
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int position = tile * KEYS + 8 * j + place + i % 2;
+                float score = scores[j][i] * scale;
+                score = (softcap > 0.0f ? softcap * short_tanh(score * inverse_cap) : score) * LOG2_E;
+                bool seen = position >= from[i / 2] && position <= to[i / 2];
+                scores[j][i] = seen ? score : -INFINITY_F;
+                above[i / 2] = fmaxf(above[i / 2], scores[j][i]);
+            }
+        }
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 1));
+            above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 2));
+            // Nothing seen so far: there is nothing to keep.
+            float keeps = highest[lower] > -INFINITY_F ? exp2f(highest[lower] - above[lower]) : 0.0f;
+            highest[lower] = above[lower];
+            total[lower] *= keeps;
+#pragma unroll
+            for (int j = 0; j < HEAD / 8; j++) {
+                sums[j][2 * lower] *= keeps;
+                sums[j][2 * lower + 1] *= keeps;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float term = scores[j][i] == -INFINITY_F ? 0.0f : exp2f(scores[j][i] - highest[i / 2]);
+                scores[j][i] = term;
+                total[i / 2] += term;
+            }
+        }
+#pragma unroll
+        for (int depth = 0; depth < KEYS / 16; depth++) {
+            const float *left = scores[2 * depth], *right = scores[2 * depth + 1];
+            u32 a[4] = {halves_of<HALF>(left[0], left[1]), halves_of<HALF>(left[2], left[3]),
+                        halves_of<HALF>(right[0], right[1]), halves_of<HALF>(right[2], right[3])};
+#pragma unroll
+            for (int j = 0; j < HEAD / 8; j += 2) {
+                u32 b[4];
+                load_transposed(b, stage_values + head_piece<HEAD>(16 * depth + lane % 16, j + lane / 16));
+                multiply_add<HALF>(sums[j], a, b[0], b[1]);
+                multiply_add<HALF>(sums[j + 1], a, b[2], b[3]);
+            }
+        }
+        // All have read this stage before it is written again.
+        __syncthreads();
+    }
+#pragma unroll
+    for (int lower = 0; lower < 2; lower++) {
+        total[lower] += __shfl_xor_sync(ALL_LANES, total[lower], 1);
+        total[lower] += __shfl_xor_sync(ALL_LANES, total[lower], 2);
+        int in_tile = first_of_warp + lane / 4 + 8 * lower, number = first_query + in_tile;
+        if (in_tile >= queries) {
+            continue;
+        }
+        int head = kv_head * group + number % group;
+        float by = 1.0f / total[lower];
+        if (sinks) {
+            float sink = sinks[head] * LOG2_E, most = fmaxf(highest[lower], sink);
+            float keeps = exp2f(highest[lower] - most);
+            by = keeps / (total[lower] * keeps + exp2f(sink - most));
+        }
+        size_t token = first_token + number / group, of_head = static_cast<size_t>(head) * pages.v_dim;
+#pragma unroll
+        for (int j = 0; j < HEAD / 8; j++) {
+            if (8 * j >= pages.v_dim) {
+                break;
+            }
+            float first = sums[j][2 * lower] * by, second = sums[j][2 * lower + 1] * by;
+            size_t to = of_head + 8 * j + place;
+            if (y) {
+                *reinterpret_cast<float2 *>(y + token * y_stride + to) = float2{first, second};
+            }
+            if (halves) {
+                *reinterpret_cast<u32 *>(halves + token * halves_stride + to) =
+                    half == HALF_F16 ? halves_of<HALF_F16>(first, second) : halves_of<HALF_BF16>(first, second);
+            }
+        }
+    }
+}
+#endif
+
+#define DEFINE_PREFILL(NAME, HEAD)                                                                                     \
+    DENSE_KERNEL_OF(128, 2, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pages,                       \
+                    const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,      \
+                    const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
+                    const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half) {            \
+        attend_tile<ELEMENT == F16 ? HALF_F16 : HALF_BF16, HEAD>(                                                      \
+            pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
+            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half);                                  \
+    }
+
+DEFINE_PREFILL(JOIN(attend_64, ELEMENT), 64)
+DEFINE_PREFILL(JOIN(attend_128, ELEMENT), 128)
+
+#undef DEFINE_PREFILL

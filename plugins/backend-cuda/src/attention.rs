@@ -1,0 +1,162 @@
+//! Attention's launches: keys and values are written, with Q and K turned on the way, then attended to.
+
+use setu_core::Result;
+
+use crate::gpu::{Arguments, Kernel, Shape};
+use crate::ops::{Operand, Pass, operand, threads_for};
+use crate::product::Output;
+use crate::step::Tiling;
+
+/// Positions in a part of the context, and queries in a tile: as in `kernels/attention.cuh`.
+pub const PART_TOKENS: usize = 128;
+pub const TILE_QUERIES: usize = 8;
+/// Queries in a tile for tensor cores, as in `kernels/prefill.cu`, and how many tokens a row must have for them.
+pub const DENSE_QUERIES: usize = 64;
+pub const LEAST_DENSE: usize = 8;
+/// Positions that a block of that kernel takes at a time.
+const DENSE_KEYS: usize = 64;
+
+/// How Q and K are turned.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn {
+    /// Where a step's angles are.
+    pub angles: u64,
+    pub pairs: usize,
+    pub interleaved: bool,
+    /// Where Q goes.
+    pub q: Operand,
+}
+
+/// Attention's constants.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    pub write: Kernel,
+    pub attend: Kernel,
+    pub combine: Kernel,
+    /// The kernel on tensor cores and its shared memory.
+    pub prefill: Option<(Kernel, usize)>,
+    /// The struct `Pages`.
+    pub pages: [u64; 7],
+    pub kv_group: usize,
+    pub kv_heads: usize,
+    /// How queries are cut into tiles, and the index of that among the limits' tilings.
+    pub tiling: Tiling,
+    pub tiles: usize,
+    pub k_dim: usize,
+    pub k_padded: usize,
+    pub v_dim: usize,
+    pub window: Option<u32>,
+    pub scale: f32,
+    pub softcap: f32,
+    /// 0: none.
+    pub sinks: u64,
+    pub turn: Option<Turn>,
+    pub q: Operand,
+    pub k: Operand,
+    pub v: Operand,
+    pub out: Output,
+    /// Room for the parts that blocks of their own attend to, in floats.
+    pub partials: u64,
+    pub partials_len: usize,
+    /// Blocks that keep the device busy.
+    pub busy_blocks: usize,
+}
+
+impl Attention {
+    pub fn launch(&self, pass: &Pass<'_>) -> Result<()> {
+        let q = self.write(pass)?;
+        let [few, dense] = pass.step.tiles[self.tiles];
+        if let Some((kernel, shared)) = self.prefill.as_ref().filter(|_| dense > 0) {
+            let shape = Shape::new((dense, self.kv_heads, 1), DENSE_QUERIES / 16 * 32).shared(*shared);
+            pass.launch(kernel, shape, self.arguments(pass, q, 1))?;
+        }
+        if few > 0 { self.attend_few(pass, q, few) } else { Ok(()) }
+    }
+
+    /// Queues attention of the rows that are not for tensor cores.
+    fn attend_few(&self, pass: &Pass<'_>, q: Operand, tiles: usize) -> Result<()> {
+        let (step, places) = (pass.step, &pass.step.places);
+        let at = |place: usize| pass.upload + place as u64;
+        let columns = self.v_dim.div_ceil(PART_TOKENS);
+        let parts = match pass.bucket {
+            // A window reaches into one part more than it is long.
+            Some(bucket) => {
+                self.window.map_or(bucket.parts, |window| bucket.parts.min(window as usize / PART_TOKENS + 2))
+            }
+            None => step.most_parts(self.tiling, self.window, PART_TOKENS),
+        };
+        let heads = self.kv_heads * self.tiling.head_group;
+        // Where few queries see a long context, its parts are spread over blocks; the result is the same.
+        let room = pass.rows * heads * parts * (self.v_dim + 2) <= self.partials_len;
+        let spread = parts > 1 && room && tiles * self.kv_heads * columns < self.busy_blocks;
+        let arguments = self.arguments(pass, q, 0);
+        let arguments = arguments.address(if spread { self.partials } else { 0 }).int(parts);
+        let shape = Shape::new((tiles, self.kv_heads * columns, if spread { parts } else { 1 }), PART_TOKENS);
+        pass.launch(&self.attend, shape.shared(shared_bytes(self.k_padded)), arguments)?;
+        if !spread {
+            return Ok(());
+        }
+        let (out, halves) = self.out.places(pass);
+        let arguments = Arguments::new().address(self.partials);
+        let arguments = arguments.address(at(places.row_offsets)).address(at(places.row_positions));
+        let arguments = arguments.address(at(places.tiles[self.tiles][0]));
+        let arguments = arguments.int(self.tiling.head_group).int(self.window());
+        let arguments = operand(arguments.address(self.sinks), out);
+        let arguments = arguments.address(halves.address).int(halves.stride).int(halves.half as usize);
+        let arguments = arguments.int(self.v_dim).int(parts);
+        let shape = Shape::new((tiles, self.kv_heads, 1), threads_for(self.v_dim));
+        pass.launch(&self.combine, shape, arguments)
+    }
+
+    /// From how many rows of one token each on there are blocks enough without.
+    pub fn spread_rows(&self) -> usize {
+        let tiles = self.tiling.head_group.div_ceil(TILE_QUERIES);
+        self.busy_blocks.div_ceil(tiles * self.kv_heads * self.v_dim.div_ceil(PART_TOKENS))
+    }
+
+    fn window(&self) -> usize {
+        self.window.map_or(0, |window| window as usize)
+    }
+
+    /// The arguments that both kernels begin with, for the tiles of list `list`.
+    fn arguments(&self, pass: &Pass<'_>, q: Operand, list: usize) -> Arguments {
+        let places = &pass.step.places;
+        let at = |place: usize| pass.upload + place as u64;
+        let group = places.groups[self.kv_group];
+        let (out, halves) = self.out.places(pass);
+        let arguments = Arguments::new().structure(&self.pages);
+        let arguments = arguments.address(at(group.offsets)).address(at(places.pages)).address(at(group.skipped));
+        let arguments = arguments.address(at(places.row_offsets)).address(at(places.row_positions));
+        let arguments = operand(arguments.address(at(places.tiles[self.tiles][list])), q);
+        let arguments = arguments.int(self.tiling.head_group).int(self.window());
+        let arguments = operand(arguments.float(self.scale).float(self.softcap).address(self.sinks), out);
+        arguments.address(halves.address).int(halves.stride).int(halves.half as usize)
+    }
+
+    /// Queues what writes keys and values: where the queries are then.
+    fn write(&self, pass: &Pass<'_>) -> Result<Operand> {
+        let group = pass.step.places.groups[self.kv_group];
+        let arguments = Arguments::new().structure(&self.pages).address(pass.upload + group.cells as u64);
+        let arguments = operand(operand(operand(arguments, self.q), self.k), self.v);
+        let heads = if self.turn.is_some() { self.kv_heads * self.tiling.head_group } else { 0 };
+        let none = Turn { angles: 0, pairs: 0, interleaved: false, q: self.q };
+        let Turn { angles, pairs, interleaved, q } = self.turn.unwrap_or(none);
+        let arguments = operand(arguments.int(heads), q);
+        let arguments = arguments.address(angles).int(pairs).int(usize::from(interleaved));
+        // A block for each head of Q, K and V.
+        let blocks = heads + 2 * self.kv_heads;
+        let shape = Shape::new((pass.rows, blocks, 1), threads_for(self.k_dim.max(self.v_dim)));
+        pass.launch(&self.write, shape, arguments)?;
+        Ok(q)
+    }
+}
+
+/// Dynamic shared memory of the attention kernel.
+pub fn shared_bytes(k_padded: usize) -> usize {
+    4 * TILE_QUERIES * (k_padded + PART_TOKENS + 2)
+}
+
+/// Dynamic shared memory of the kernel on tensor cores, for heads of at most `head` columns.
+pub fn prefill_shared_bytes(head: usize) -> usize {
+    2 * head * (DENSE_QUERIES + 4 * DENSE_KEYS)
+}

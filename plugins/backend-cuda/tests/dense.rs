@@ -1,0 +1,67 @@
+//! Products on tensor cores in tiles of every size, with everything that is done where their results are.
+
+mod common;
+
+use setu_core::backend::CompileOptions;
+use setu_core::graph::{ActivationKind, Graph, GraphBuilder, Shard};
+use setu_core::{DType, Result};
+use setu_testkit::backend::rig::{Rig, compare_overall};
+use setu_testkit::reference::ReferenceModel;
+use setu_testkit::weights::WeightSet;
+
+const VOCAB: usize = 60;
+const HIDDEN: usize = 256;
+
+/// Siblings with biases, a gate, and residuals; widths that no tile divides.
+fn graph() -> Result<Graph> {
+    let mut g = GraphBuilder::new("dense", VOCAB as u32, 320);
+    let linear = |g: &mut GraphBuilder, name: &str, x, out, cols, biased: bool| {
+        let weight = g.weight(name, name, &[out, cols], Shard::Replicated);
+        let bias = biased.then(|| g.weight(&format!("{name}_bias"), format!("{name}_bias"), &[out], Shard::Replicated));
+        g.linear(name, x, weight, bias)
+    };
+    let table = g.weight("embed", "embed", &[VOCAB, HIDDEN], Shard::Replicated);
+    let x = g.embed("embed", table)?;
+    let norm = g.weight("norm", "norm", &[HIDDEN], Shard::Replicated);
+    let normed = g.rms_norm("normed", x, norm, 1e-5)?;
+    // The second lies beside the first, and the third is one column.
+    let left = linear(&mut g, "left", normed, 512, HIDDEN, true)?;
+    let right = linear(&mut g, "right", normed, 512, HIDDEN, true)?;
+    let single = linear(&mut g, "single", normed, 1, HIDDEN, false)?;
+    let inner = g.node("inner", setu_core::graph::Op::Mul, &[left, right])?[0];
+    let back = linear(&mut g, "back", inner, HIDDEN, 512, true)?;
+    let x = g.add("add", x, back)?;
+    let gate = linear(&mut g, "gate", x, 512, HIDDEN, true)?;
+    let up = linear(&mut g, "up", x, 512, HIDDEN, false)?;
+    let gated = g.gated("gated", ActivationKind::Silu, gate, up)?;
+    let down = linear(&mut g, "down", gated, HIDDEN, 512, false)?;
+    let x = g.add("add_2", down, x)?;
+    let x = g.select("select", x)?;
+    let single = g.select("select_single", single)?;
+    let logits = linear(&mut g, "head", x, VOCAB, HIDDEN, false)?;
+    let scaled = g.node("scaled", setu_core::graph::Op::Scale { by: 0.5 }, &[single])?[0];
+    g.output("single", scaled);
+    g.output("logits", logits);
+    g.finish()
+}
+
+#[test]
+fn tiles_of_every_size_compute_the_same() {
+    let graph = graph().unwrap();
+    for dtype in [DType::BF16, DType::F16, DType::Q8_0, DType::Q4K] {
+        let weights = WeightSet::random(&graph, dtype, 4);
+        let mut options = CompileOptions::new(300, 8, 320);
+        options.kv_dtype = DType::F32;
+        let exec = common::backend().compile(&graph, &weights.data(), &options).unwrap();
+        let mut rig = Rig::of(&graph, exec, options);
+        let tokens = rig.rng.tokens(290, graph.vocab_size);
+        let expected = ReferenceModel::new(&graph, &weights.data(), DType::F32).unwrap().logits(&tokens).unwrap();
+        // Without tensor cores, then in narrow, middle and wide tiles.
+        for chunk in [3, 11, 60, 290] {
+            let found = rig.alone(&tokens, chunk).unwrap_or_else(|_| panic!("a step fails"));
+            if let Err(setu_testkit::backend::Stop::Failed(why)) = compare_overall(&found, &expected, 1e-2) {
+                panic!("{dtype} in chunks of {chunk}: {why}");
+            }
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Weights that nobody trained, for the shapes of a `config.json`: to measure a model without its checkpoint.
+//!
+//! They are as large as the real ones and cost next to nothing on the host: all matrices are pieces of one buffer of
+//! seeded random values, which is as long as the largest of their slices.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use setu_core::backend::WeightData;
+use setu_core::graph::Weight;
+use setu_core::model::CheckpointFormat;
+use setu_core::{DType, Error, Graph, Result};
+
+use super::tensors::Tensors;
+use super::{Contents, gguf, hf, quantize};
+
+/// Bytes of random values that a matrix repeats at the earliest.
+const PATTERN_BYTES: usize = 32 << 20;
+/// Values that are drawn; what is longer repeats them.
+const DRAWN: usize = 1 << 20;
+/// Largest value of a matrix.
+const SPREAD: f32 = 0.05;
+
+/// What a checkpoint without weights gives in their place.
+#[derive(Debug)]
+pub struct Dummy {
+    dtype: DType,
+    patterns: OnceLock<Patterns>,
+}
+
+#[derive(Debug)]
+struct Patterns {
+    matrices: HashMap<DType, Vec<u8>>,
+    /// Vectors, in F32.
+    ones: Vec<u8>,
+    zeros: Vec<u8>,
+}
+
+/// Reads the `config.json` at `path`, or in that directory. Matrices will be in `dtype`.
+pub fn open(path: &Path, dtype: DType) -> Result<Contents> {
+    let is_config = path.file_name().is_some_and(|name| name == hf::CONFIG);
+    let directory = if is_config { path.parent().unwrap_or(Path::new("")) } else { path };
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    if !directory.is_dir() {
+        let shown = path.display();
+        return Err(Error::invalid(format!("`{shown}`: dummy weights need a directory with a {}", hf::CONFIG)));
+    }
+    let metadata = hf::read_config(directory)?;
+    let (architecture, model_type) =
+        hf::architecture(&metadata).map_err(|error| error.within(format_args!("`{}`", directory.display())))?;
+    Ok(Contents {
+        format: CheckpointFormat::Hf,
+        architecture,
+        model_type,
+        metadata,
+        arrays: gguf::Arrays::default(),
+        files: Vec::new(),
+        directory: Some(directory.to_path_buf()),
+        tensors: Tensors::new(Vec::new(), &[])?,
+        skipped: Vec::new(),
+        dummy: Some(Dummy { dtype, patterns: OnceLock::new() }),
+    })
+}
+
+impl Dummy {
+    /// Data for every weight of `graph`.
+    ///
+    /// # Errors
+    /// A weight is too large to be counted.
+    pub fn weights(&self, graph: &Graph) -> Result<Vec<WeightData<'_>>> {
+        let mut longest: HashMap<DType, usize> = HashMap::new();
+        let mut vector = 0;
+        for weight in &graph.weights {
+            if let [len] = weight.shape[..] {
+                vector = vector.max(len);
+                continue;
+            }
+            let dtype = self.dtype_of(weight);
+            let (slice, whole) = (slice_bytes(weight, dtype)?, size_of(weight, dtype)?);
+            let length = longest.entry(dtype).or_default();
+            *length = (*length).max(slice).max(whole.min(PATTERN_BYTES));
+        }
+        let patterns = self.patterns.get_or_init(|| Patterns {
+            matrices: longest.into_iter().map(|(dtype, length)| (dtype, pattern(dtype, length))).collect(),
+            ones: 1.0_f32.to_le_bytes().repeat(vector),
+            zeros: vec![0; 4 * vector],
+        });
+        graph.weights.iter().map(|weight| self.weight(weight, patterns)).collect()
+    }
+
+    fn weight<'a>(&self, weight: &Weight, patterns: &'a Patterns) -> Result<WeightData<'a>> {
+        if let [len] = weight.shape[..] {
+            let pattern = if weight.name.ends_with("bias") { &patterns.zeros } else { &patterns.ones };
+            return Ok(WeightData { dtype: DType::F32, parts: vec![&pattern[..4 * len]] });
+        }
+        let dtype = self.dtype_of(weight);
+        let (slice, mut left) = (slice_bytes(weight, dtype)?, size_of(weight, dtype)?);
+        let pattern = patterns.matrices.get(&dtype).map_or(&[][..], Vec::as_slice);
+        // Each part is whole slices, as the parts of a checkpoint are.
+        let most = pattern.len() / slice * slice;
+        let mut parts = Vec::new();
+        while left > 0 {
+            let part = most.min(left);
+            parts.push(&pattern[..part]);
+            left -= part;
+        }
+        Ok(WeightData { dtype, parts })
+    }
+
+    /// The format of a matrix: bfloat16 where its rows aren't whole blocks.
+    fn dtype_of(&self, weight: &Weight) -> DType {
+        let cols = weight.shape.last().copied().unwrap_or(0);
+        if cols.is_multiple_of(self.dtype.block_len()) { self.dtype } else { DType::BF16 }
+    }
+}
+
+fn size_of(weight: &Weight, dtype: DType) -> Result<usize> {
+    let Weight { name, shape, .. } = weight;
+    let bytes = dtype.size_of(shape).filter(|&bytes| bytes > 0);
+    bytes.ok_or_else(|| Error::invalid(format!("the weight {name} can't have the shape {shape:?}")))
+}
+
+/// Bytes along the outermost dimension.
+fn slice_bytes(weight: &Weight, dtype: DType) -> Result<usize> {
+    Ok(size_of(weight, dtype)? / weight.shape[0])
+}
+
+/// At least `length` bytes of values in `dtype`, the same at each call.
+fn pattern(dtype: DType, length: usize) -> Vec<u8> {
+    let blocks = length.div_ceil(dtype.block_bytes());
+    let values = (blocks * dtype.block_len()).min(DRAWN).next_multiple_of(dtype.block_len());
+    let mut state = 0_u64;
+    let drawn: Vec<f32> = (0..values).map(|_| SPREAD * uniform(&mut state)).collect();
+    // Every format holds small finite values.
+    let mut bytes = quantize::quantize(dtype, &drawn).unwrap_or_else(|_| vec![0; dtype.block_bytes()]);
+    let once = bytes.len();
+    while bytes.len() < length {
+        bytes.extend_from_within(..once.min(length - bytes.len()));
+    }
+    bytes
+}
+
+/// From -1 to 1, by SplitMix64.
+fn uniform(state: &mut u64) -> f32 {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut bits = *state;
+    bits = (bits ^ bits >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    bits = (bits ^ bits >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    (bits >> 40) as f32 / (1 << 23) as f32 - 1.0
+}
