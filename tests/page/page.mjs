@@ -1,5 +1,5 @@
 // Drives the page as people do: node page.mjs URL [FOLDER-FOR-SCREENSHOTS]. Says `ok` at the end.
-// KEYED is the address of a server that asks for a key, and KEY is one.
+// KEYED is the address of a server that asks for a key, and KEY is one; SMALL is one with little memory, for screenshots.
 
 import assert from 'node:assert/strict';
 import { ask, coloursIn, lastNote, launch, metric, open, set, settled, until } from './browser.mjs';
@@ -287,7 +287,7 @@ try {
     });
     console.log(`${name} (${((Date.now() - begun) / 1000).toFixed(1)} s)`);
   }
-  if (shots) await (await import('./screenshots.mjs')).take(browser, base, shots);
+  if (shots) await (await import('./screenshots.mjs')).take(browser, process.env.SMALL, shots);
   console.log('ok');
 } finally {
   await browser.close();

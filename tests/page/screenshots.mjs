@@ -29,6 +29,7 @@ export async function take(browser, base, folder) {
   await page.fill('#prompt', 'And why is it red in the evening?');
   await page.press('#prompt', 'Enter');
   await page.waitForFunction(() => document.querySelectorAll('.message.assistant .body')[1]?.textContent.length > 100);
+  await page.mouse.move(0, 0);
   await page.screenshot({ path: join(folder, 'desktop.png') });
   await settled(page);
   await close();

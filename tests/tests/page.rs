@@ -114,7 +114,11 @@ fn people_chat_and_watch_in_a_browser() {
     drive.arg(scripts.join("page.mjs")).arg(format!("http://{}/", server.address)).env("CHROMIUM", chromium);
     drive.env("KEYED", format!("http://{}/", keyed.address));
     drive.env("KEY", String::from_utf8(key.stdout).expect("UTF-8").trim());
-    if std::env::var_os("SETU_UPDATE").is_some() {
+    // So little memory that what becomes of it can be seen.
+    let small = ["--kv.memory", "160MiB", "--engine.max_sessions", "8"];
+    let small = std::env::var_os("SETU_UPDATE").map(|_| Server::start(&[&[model.as_str()][..], &small].concat()));
+    if let Some(small) = &small {
+        drive.env("SMALL", format!("http://{}/", small.address));
         let shots = here.parent().expect("the workspace").join("docs/page");
         std::fs::create_dir_all(&shots).expect("a folder");
         drive.arg(shots);
