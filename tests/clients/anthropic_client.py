@@ -6,7 +6,9 @@ import anthropic
 
 base_url, model = sys.argv[1:]
 client = anthropic.Anthropic(base_url=base_url.removesuffix("/v1"), api_key="none", max_retries=0)
-asked = dict(model=model, max_tokens=60, temperature=0, system="Be brief.", messages=[{"role": "user", "content": "Name three fruits."}])
+# The client has no name for the temperature, which the server still takes.
+greedy = {"temperature": 0}
+asked = dict(model=model, max_tokens=60, extra_body=greedy, system="Be brief.", messages=[{"role": "user", "content": "Name three fruits."}])
 
 whole = client.messages.create(**asked)
 assert whole.type == "message" and whole.role == "assistant" and whole.stop_reason in ("end_turn", "max_tokens")
@@ -40,7 +42,7 @@ assert client.messages.create(**{**asked, "messages": answered}, tools=tools).us
 
 for changes, kind, part in [
     ({"model": "nobody"}, anthropic.NotFoundError, "nobody"),
-    ({"temperature": 1000}, anthropic.BadRequestError, "temperature"),
+    ({"extra_body": {"temperature": 1000}}, anthropic.BadRequestError, "temperature"),
     ({"extra_body": {"temprature": 1}}, anthropic.BadRequestError, "did you mean `temperature`"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "http://x"}}]}]}, anthropic.BadRequestError, "image"),
 ]:

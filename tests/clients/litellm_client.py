@@ -6,6 +6,7 @@ import sys
 import litellm
 
 litellm.telemetry = False
+litellm.suppress_debug_info = True
 base_url, model = sys.argv[1:]
 messages = [{"role": "user", "content": "Name three fruits."}]
 parameters = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Oslo"]}}, "required": ["city"], "additionalProperties": False}

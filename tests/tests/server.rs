@@ -243,7 +243,12 @@ fn every_field_is_honoured_or_refused_by_name() {
                 let required = schema["required"].as_array().is_some_and(|all| all.iter().any(|one| one == name));
                 let together = ["logprobs", "stream", "n"].contains(&name.as_str());
                 if !required && !together && name != "prompt" {
-                    let reply = server.post(path, &changed(all.clone(), json!({ name: null })));
+                    let mut changes = json!({ name: null });
+                    if name == "max_completion_tokens" {
+                        // Else the answer would be as long as the model.
+                        changes["max_tokens"] = 2.into();
+                    }
+                    let reply = server.post(path, &changed(all.clone(), changes));
                     assert_eq!(reply.status, 200, "{path} {name}: {}", reply.body);
                 }
                 // What it doesn't take is told by its name.
