@@ -66,8 +66,7 @@ fn table(page: &mut String, document: &Value, object: &Nested) -> Vec<Nested> {
             let _ = writeln!(page, "| `{name}` | | **refused**: known and not provided |");
             continue;
         }
-        let text = field["description"].as_str().or(resolve(document, field)["description"].as_str());
-        let text = text.unwrap_or_default().replace('\n', " ");
+        let text = description(document, field).replace('\n', " ");
         let must = if required.contains(&name.as_str()) { "**required.** " } else { "" };
         let _ = writeln!(
             page,
@@ -83,6 +82,14 @@ fn table(page: &mut String, document: &Value, object: &Nested) -> Vec<Nested> {
         }));
     }
     nested
+}
+
+/// What is said of a field: by itself, beside its type where it may be null, or by its type.
+fn description<'a>(document: &'a Value, field: &'a Value) -> &'a str {
+    let alternatives = field["oneOf"].as_array().into_iter().flatten();
+    let own = [field].into_iter().chain(alternatives.clone());
+    let of_types = [field].into_iter().chain(alternatives).map(|schema| resolve(document, schema));
+    own.chain(of_types).find_map(|schema| schema["description"].as_str()).unwrap_or_default()
 }
 
 /// The objects that a field holds, itself or in an array.
