@@ -70,8 +70,10 @@ fn frames_tell_of_sessions_pages_steps_and_components() {
     let idle = view.frame();
     assert_eq!((&idle["sessions"], &idle["totals"]["kv_pages_used"]), (&json!([]), &json!(0)));
 
-    // More than can run at once.
-    let clients = [begin(&server, 4, 300), begin(&server, 1, 300)];
+    // More than can run at once: one choice too many, and then somebody who comes when no slot is left.
+    let mut clients = vec![begin(&server, 4, 300)];
+    while view.frame()["totals"]["added"] != 4 {}
+    clients.push(begin(&server, 1, 300));
     let (mut states, mut rows, mut reasons) = (BTreeSet::new(), Vec::new(), BTreeSet::new());
     let mut shared = 0;
     let begun = Instant::now();
@@ -100,7 +102,10 @@ fn frames_tell_of_sessions_pages_steps_and_components() {
         }
     }
     assert!(states.contains("decoding") && states.contains("waiting"), "{states:?}");
-    assert!(rows.contains(&(Some(16), Some(1))) && rows.contains(&(Some(1), Some(0))), "chunks and tokens: {rows:?}");
+    assert!(
+        rows.iter().any(|row| row.1 == Some(1)) && rows.contains(&(Some(1), Some(0))),
+        "chunks and tokens: {rows:?}"
+    );
     assert!(shared > 0 && reasons.contains("slots"), "{shared} {reasons:?}");
     drop(clients);
 
