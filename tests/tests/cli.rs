@@ -37,7 +37,7 @@ fn mistakes_in_the_file_are_placed_and_explained() {
         ("[kv]\npage_tokens = 24\n", &["setu.toml:2:15", "power of two", "24"]),
         ("[kv]\ndtype = \"f64\"\n", &["setu.toml:2:9", "f32", "f16", "bf16"]),
         ("[engine\n", &["setu.toml:1:8"]),
-        ("[models.big]\nname = \"x\"\n", &["setu.toml:1", "reserved"]),
+        ("[models.big]\nname = \"x\"\n", &["setu.toml:2:1", "models.big.name", "load"]),
         ("[engine]\nmax_sessions = 4\nmax_sessions = 5\n", &["setu.toml:3:1", "max_sessions"]),
     ];
     for (text, expected) in cases {

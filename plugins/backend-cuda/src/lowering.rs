@@ -20,6 +20,9 @@ use crate::step::Tiling;
 use crate::storage::stride;
 use crate::weights::Weights;
 
+/// Values whose halves are yet to be packed, and how.
+type Unpacked = Vec<(ValueId, Vec<Halves>)>;
+
 /// A graph on its way to launches.
 pub struct Lowering<'a, 'w> {
     pub device: &'a Device,
@@ -99,7 +102,7 @@ impl Lowering<'_, '_> {
             return Ok(());
         }
         // What the unit itself writes in halves; the rest is packed behind it.
-        let mut unpacked: Vec<(ValueId, Vec<Halves>)> = Vec::new();
+        let mut unpacked: Unpacked = Vec::new();
         match &unit.kind {
             Kind::Product(product) => {
                 let (op, left) = self.product(unit, product)?;
@@ -142,7 +145,7 @@ impl Lowering<'_, '_> {
     }
 
     /// A product, and what of its results is left to be packed.
-    fn product(&mut self, unit: &Unit<'_>, product: &fuse::Product<'_>) -> Result<(Op, Vec<(ValueId, Vec<Halves>)>)> {
+    fn product(&mut self, unit: &Unit<'_>, product: &fuse::Product<'_>) -> Result<(Op, Unpacked)> {
         let parts: Vec<(WeightId, Option<WeightId>)> =
             product.linears.iter().filter_map(|node| fuse::weight_of(node)).collect();
         let ids: Vec<WeightId> = parts.iter().map(|part| part.0).collect();

@@ -122,7 +122,9 @@ mod tests {
     #[test]
     fn large_groups_have_few_cells_that_show_what_most_hold() {
         let mut pool = PagePool::new(3 * MOST_CELLS);
-        (0..5).for_each(|_| drop(pool.take()));
+        (0..5).for_each(|_| {
+            pool.take();
+        });
         pool.share(4);
         let map = PageMap::new(&pool, std::iter::empty());
         let held = |refs| PageUse::Held { refs, holder: None };

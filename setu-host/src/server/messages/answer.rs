@@ -81,11 +81,14 @@ pub enum MessageEvent {
 
 /// What a block goes on with.
 #[derive(Serialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type")]
 pub enum BlockDelta {
-    TextDelta { text: String },
-    ThinkingDelta { thinking: String },
-    InputJsonDelta { partial_json: String },
+    #[serde(rename = "text_delta")]
+    Text { text: String },
+    #[serde(rename = "thinking_delta")]
+    Thinking { thinking: String },
+    #[serde(rename = "input_json_delta")]
+    InputJson { partial_json: String },
 }
 
 /// How an answer ended.
@@ -224,17 +227,17 @@ impl BlockWriter {
             Delta::Reasoning(thinking) => {
                 let block = || AnswerBlock::Thinking { thinking: String::new(), signature: "" };
                 self.enter(Kind::Thinking, block, &mut events);
-                self.push(BlockDelta::ThinkingDelta { thinking }, &mut events);
+                self.push(BlockDelta::Thinking { thinking }, &mut events);
             }
             Delta::Text(text) | Delta::Broken { unsent: text, .. } if !text.is_empty() => {
                 self.enter(Kind::Text, || AnswerBlock::Text { text: String::new() }, &mut events);
-                self.push(BlockDelta::TextDelta { text }, &mut events);
+                self.push(BlockDelta::Text { text }, &mut events);
             }
             Delta::Call { id, name } => {
                 events.extend(self.close());
                 self.enter(Kind::ToolUse, || AnswerBlock::ToolUse { id, name, input: Map::new() }, &mut events);
             }
-            Delta::Arguments(partial_json) => self.push(BlockDelta::InputJsonDelta { partial_json }, &mut events),
+            Delta::Arguments(partial_json) => self.push(BlockDelta::InputJson { partial_json }, &mut events),
             Delta::CallEnd => events.extend(self.close()),
             Delta::Text(_) | Delta::Broken { .. } => {}
         }

@@ -363,16 +363,11 @@ impl Parts<'_> {
                 _ => {}
             }
         }
-        if let Some(output) = self.output {
-            if let Some(effort) = output.effort {
-                if !template.mentions("reasoning_effort") {
-                    return refused(
-                        "output_config.effort",
-                        "the model's chat template doesn't know `reasoning_effort`",
-                    );
-                }
-                variables.insert("reasoning_effort".to_owned(), json!(effort));
+        if let Some(effort) = self.output.and_then(|output| output.effort) {
+            if !template.mentions("reasoning_effort") {
+                return refused("output_config.effort", "the model's chat template doesn't know `reasoning_effort`");
             }
+            variables.insert("reasoning_effort".to_owned(), json!(effort));
         }
         Ok(variables)
     }

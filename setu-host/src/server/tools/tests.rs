@@ -209,7 +209,7 @@ proptest! {
                     prop_assert!(serde_json::from_str::<serde_json::Value>(arguments).is_ok(), "{}", arguments);
                 }
             }
-            if !whole.iter().any(|part| *part == Part::End) {
+            if !whole.contains(&Part::End) {
                 let restored: String = whole.iter().map(|part| match part {
                     Part::Text(text) => text.as_str(),
                     Part::Broken { raw, .. } => raw.as_str(),
