@@ -476,7 +476,7 @@ fn what_is_no_tokenizer_json_is_refused() {
         (with("/decoder", json!({"type": "CTC"})), "the decoder {\"type\":\"CTC\"} is not provided"),
         (
             with("/decoder", json!({"type": "Replace", "pattern": {"String": ""}, "content": "a"})),
-            "the decoder {\"content\":\"a\"",
+            "the decoder {\"type\":\"Replace\"",
         ),
         (with("/pre_tokenizer", json!({"type": "Nonsense"})), "the tokenizer cannot be built: "),
         (with("/added_tokens/0/id", json!(300)), "the added token \"<s>\" has the id 300, but its place"),

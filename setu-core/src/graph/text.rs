@@ -102,8 +102,8 @@ graph tiny vocab=8 max_len=16
 weight embed [8, 4] replicated <- tok.weight
 weight norm [4] replicated <- norm.weight
 ignored rope.inv_freq: computed from the base
-%0 = embed( scale=1 weight=embed) -> [tokens, 4]  # embed
-%1 = rms_norm(%0 eps=0.00001 group=0 offset=0 weight=norm) -> [tokens, 4]  # norm
+%0 = embed( weight=embed scale=1) -> [tokens, 4]  # embed
+%1 = rms_norm(%0 weight=norm eps=0.00001 group=0 offset=0) -> [tokens, 4]  # norm
 %2 = select(%1) -> [wanted, 4]  # select
 %3 = linear(%2 weight=embed) -> [wanted, 8]  # head
 output logits = %3
