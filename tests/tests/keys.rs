@@ -75,6 +75,9 @@ fn every_route_but_health_asks_for_a_key() {
         // The page is the same for everybody; what it shows needs a key.
         if ["/health", "/ready", "/", "/page/main.js"].contains(&path.as_str()) {
             assert_eq!(reply.status, 200, "{path}");
+        } else if path.starts_with("/v1/messages") {
+            // In the shape of Anthropic's errors.
+            assert_eq!((reply.status, &reply.json()["error"]["type"]), (401, &json!("authentication_error")), "{path}");
         } else {
             assert_eq!(
                 error(&reply),
