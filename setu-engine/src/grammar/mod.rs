@@ -1,6 +1,6 @@
 //! The form that an answer must have: a JSON schema, a regular expression, one of several texts, or a grammar.
 //!
-//! `llguidance` compiles and runs them; here it is given the model's vocabulary ([`vocabulary`]) and bounds, and its
+//! `llguidance` compiles and runs them; here it is given the model's vocabulary (`vocabulary.rs`) and bounds, and its
 //! matchers become [`Constraint`]s of sessions.
 
 mod vocabulary;
