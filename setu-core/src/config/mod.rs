@@ -21,8 +21,8 @@
 //! let error = FcfsConfig::from_json(r#"{"queue_timeout_s": -1, "chunk": 5}"#).unwrap_err();
 //! assert_eq!(
 //!     error.message(),
-//!     "there is no setting chunk; known: queue_timeout_s\n\
-//!      queue_timeout_s must be a number of at least 0 s, found -1"
+//!     "queue_timeout_s must be a number of at least 0 s, found -1\n\
+//!      there is no setting chunk; known: queue_timeout_s"
 //! );
 //! ```
 //!
