@@ -116,7 +116,7 @@ fn people_chat_and_watch_in_a_browser() {
     drive.env("KEY", String::from_utf8(key.stdout).expect("UTF-8").trim());
     // So little memory that what becomes of it can be seen.
     let small = ["--kv.memory", "160MiB", "--engine.max_sessions", "8"];
-    let small = std::env::var_os("SETU_UPDATE").map(|_| Server::start(&[&[model.as_str()][..], &small].concat()));
+    let small = std::env::var_os("SETU_UPDATE").map(|_| Server::start(&[&["smollm2-135m"][..], &small].concat()));
     if let Some(small) = &small {
         drive.env("SMALL", format!("http://{}/", small.address));
         let shots = here.parent().expect("the workspace").join("docs/page");
