@@ -454,7 +454,7 @@ fn fresh_seed() -> u64 {
 }
 
 /// SplitMix64's finaliser (Steele et al., 2014): neighbouring inputs give unrelated seeds.
-fn mix(seed: u64) -> u64 {
+pub(crate) fn mix(seed: u64) -> u64 {
     let seed = (seed ^ seed >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let seed = (seed ^ seed >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
     seed ^ seed >> 31

@@ -7,7 +7,7 @@ use setu_core::model::CheckpointFormat;
 use setu_core::{Error, Result};
 
 use crate::checkpoint::Checkpoint;
-use crate::text::{ChatTemplate, GgufVocab, TextFiles, Tokenizer};
+use crate::text::{ChatTemplate, GgufVocab, TextFiles, Tokenizer, written_byte_level};
 
 /// How a model reads and writes text.
 pub struct ModelText {
@@ -43,11 +43,7 @@ impl ModelText {
     /// For dummy weights without a tokenizer: a token for each byte, and ones that only have a number.
     fn of_bytes(checkpoint: &Checkpoint) -> Result<ModelText> {
         let size = checkpoint.info().need_count("vocab_size")?;
-        let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-        // Byte-level vocabularies write bytes that don't print as the characters from 256 on.
-        let mut shifted = 256_u32..;
-        let byte = |byte: u32| if printable(byte) { Some(byte) } else { shifted.next() };
-        let bytes = (0..256).map(byte).map(|code| code.and_then(char::from_u32).unwrap_or('?').to_string());
+        let bytes = (0..=255).map(|byte| written_byte_level(&[byte]));
         let tokens = bytes.chain((256..size).map(|id| format!("<{id}>"))).take(size as usize).collect();
         let vocab = GgufVocab {
             model: "gpt2".to_owned(),

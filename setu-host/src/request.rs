@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
-use setu_engine::grammar::Grammar;
+use setu_engine::grammar::{CompiledGrammar, Grammar};
 use setu_engine::request::Deadlines;
 
+use crate::serving::Serving;
+
 /// For whom, how urgent, by when. By default nobody in particular, as urgent as the scheduler has it, whenever.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default)]
 pub struct RequestOptions {
     pub tenant: Option<String>,
     /// The tenant's share under contention, in place of what `[tenants]` says.
@@ -17,7 +19,7 @@ pub struct RequestOptions {
     pub class: u32,
     pub deadlines: Deadlines,
     /// The form that answers must have.
-    pub grammar: Option<Grammar>,
+    pub grammar: Option<Arc<CompiledGrammar>>,
     /// Special tokens that the answer's text shows, by their names.
     pub shown: Arc<[u32]>,
 }
@@ -44,10 +46,13 @@ impl RequestOptions {
             .group(ArgGroup::new("form").args(["json-schema", "regex", "choice", "grammar"]))
     }
 
-    /// What the flags say.
-    pub fn from_matches(matches: &ArgMatches) -> RequestOptions {
+    /// What the flags say of a request to `serving`.
+    ///
+    /// # Errors
+    /// The form of the answer is refused.
+    pub fn from_matches(matches: &ArgMatches, serving: &Serving) -> Result<RequestOptions, setu_core::Error> {
         let seconds = |name: &str| matches.get_one::<f64>(name).map_or(f64::INFINITY, |ms| ms * 1e-3);
-        RequestOptions {
+        Ok(RequestOptions {
             tenant: matches.get_one::<String>("tenant").cloned(),
             weight: None,
             priority: matches.get_one("priority").copied(),
@@ -57,9 +62,9 @@ impl RequestOptions {
                 itl_s: seconds("itl-ms"),
                 total_s: seconds("deadline-ms"),
             },
-            grammar: form(matches),
+            grammar: form(matches).map(|grammar| serving.grammar(&grammar)).transpose()?,
             shown: Arc::default(),
-        }
+        })
     }
 }
 

@@ -382,7 +382,6 @@ impl Serving {
         request.class = options.class;
         request.deadlines = options.deadlines;
         if let Some(grammar) = &options.grammar {
-            let grammar = self.grammar(grammar)?;
             request.constraints = (0..request.params.n).map(|_| grammar.start()).collect();
         }
         Ok(request)

@@ -30,6 +30,7 @@ fn main() {
     }});
     // Longer than any answer here.
     let grammar = Grammar::JsonSchema(json!({"type": "array", "items": person, "minItems": 100}));
+    let grammar = serving.grammar(&grammar).expect("a grammar");
     let formed = RequestOptions { grammar: Some(grammar), ..RequestOptions::default() };
     let free = RequestOptions::default();
     rate(&serving, &formed);

@@ -53,22 +53,6 @@ const SOURCES: &[(&str, &str)] = files![
 /// What the emulated driver calls its device. It has the kernels compiled in.
 const EMULATED: &str = "cuemu";
 
-/// The weights' formats that there are kernels on tensor cores for: all but F32.
-const MATMUL_FORMATS: [DType; 12] = [
-    DType::F16,
-    DType::BF16,
-    DType::Q4_0,
-    DType::Q4_1,
-    DType::Q5_0,
-    DType::Q5_1,
-    DType::Q8_0,
-    DType::Q2K,
-    DType::Q3K,
-    DType::Q4K,
-    DType::Q5K,
-    DType::Q6K,
-];
-
 /// A source file and the format that it is compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Unit {
@@ -87,7 +71,8 @@ impl Unit {
                 "attention" => &[DType::F32, DType::F16, DType::BF16],
                 "prefill" => &[DType::F16, DType::BF16],
                 "embed" | "linear" => &DType::ALL,
-                "matmul" => &MATMUL_FORMATS,
+                // Tensor cores take all but the first, F32.
+                "matmul" => &DType::ALL[1..],
                 _ => &[],
             };
             units.extend(formats.iter().map(|&format| Unit { file, format: Some(format) }));

@@ -9,11 +9,10 @@ use std::sync::OnceLock;
 
 use setu_core::backend::WeightData;
 use setu_core::graph::Weight;
-use setu_core::model::CheckpointFormat;
 use setu_core::{DType, Error, Graph, Result};
 
-use super::tensors::Tensors;
-use super::{Contents, gguf, hf, quantize};
+use super::{Contents, files, hf, quantize};
+use crate::engine::mix;
 
 /// Bytes of random values that a matrix repeats at the earliest.
 const PATTERN_BYTES: usize = 32 << 20;
@@ -46,21 +45,8 @@ pub fn open(path: &Path, dtype: DType) -> Result<Contents> {
         let shown = path.display();
         return Err(Error::invalid(format!("`{shown}`: dummy weights need a directory with a {}", hf::CONFIG)));
     }
-    let metadata = hf::read_config(directory)?;
-    let (architecture, model_type) =
-        hf::architecture(&metadata).map_err(|error| error.within(format_args!("`{}`", directory.display())))?;
-    Ok(Contents {
-        format: CheckpointFormat::Hf,
-        architecture,
-        model_type,
-        metadata,
-        arrays: gguf::Arrays::default(),
-        files: Vec::new(),
-        directory: Some(directory.to_path_buf()),
-        tensors: Tensors::new(Vec::new(), &[])?,
-        skipped: Vec::new(),
-        dummy: Some(Dummy { dtype, patterns: OnceLock::new() }),
-    })
+    let dummy = Some(Dummy { dtype, patterns: OnceLock::new() });
+    Ok(Contents { dummy, ..files::describe_hf(directory)? })
 }
 
 impl Dummy {
@@ -144,8 +130,5 @@ fn pattern(dtype: DType, length: usize) -> Vec<u8> {
 /// From -1 to 1, by SplitMix64.
 fn uniform(state: &mut u64) -> f32 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    let mut bits = *state;
-    bits = (bits ^ bits >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    bits = (bits ^ bits >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
-    (bits >> 40) as f32 / (1 << 23) as f32 - 1.0
+    (mix(*state) >> 40) as f32 / (1 << 23) as f32 - 1.0
 }

@@ -107,6 +107,12 @@ fn open_file(path: &Path) -> Result<Contents> {
 
 fn open_hf(directory: &Path, layout: hf::Layout) -> Result<Contents> {
     let shards = layout.open(directory)?;
+    let described = describe_hf(directory)?;
+    Ok(Contents { files: shards.files, tensors: shards.tensors, skipped: shards.skipped, ..described })
+}
+
+/// What the `config.json` in `directory` says, without any tensors.
+pub fn describe_hf(directory: &Path) -> Result<Contents> {
     let metadata = hf::read_config(directory)?;
     let (architecture, model_type) =
         hf::architecture(&metadata).map_err(|error| error.within(format_args!("`{}`", directory.display())))?;
@@ -116,10 +122,10 @@ fn open_hf(directory: &Path, layout: hf::Layout) -> Result<Contents> {
         model_type,
         metadata,
         arrays: gguf::Arrays::default(),
-        files: shards.files,
+        files: Vec::new(),
         directory: Some(directory.to_path_buf()),
-        tensors: shards.tensors,
-        skipped: shards.skipped,
+        tensors: Tensors::new(Vec::new(), &[])?,
+        skipped: Vec::new(),
         dummy: None,
     })
 }

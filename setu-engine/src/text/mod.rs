@@ -30,3 +30,4 @@ pub use gguf::GgufVocab;
 pub use stop::{MAX_STOP_BYTES, MAX_STOP_STRINGS, Passed, StopMatcher};
 pub use stream::TextStream;
 pub use tokenizer::{EncodeOptions, Tokenizer};
+pub(crate) use vocabulary::written_byte_level;

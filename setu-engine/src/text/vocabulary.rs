@@ -74,7 +74,7 @@ pub(super) fn push_byte_level(token: &str, bytes: &mut Vec<u8>) {
 }
 
 /// How byte-level vocabularies write `bytes`.
-pub(super) fn written_byte_level(bytes: &[u8]) -> String {
+pub(crate) fn written_byte_level(bytes: &[u8]) -> String {
     bytes.iter().map(|&byte| CHARACTER_OF[usize::from(byte)]).collect()
 }
 

@@ -24,7 +24,6 @@ pub fn main(matches: &ArgMatches, setup: &Setup, settings: Settings) -> Result<(
         return Err(Failure::Usage("--json and --raw need a prompt; without one, `setu run` is a chat".to_owned()));
     }
     let params = sampling_params(matches, &settings)?;
-    let options = RequestOptions::from_matches(matches);
     if params.n > 1 {
         return Err(Failure::Usage("a chat has one answer to each message; --n needs a prompt".to_owned()));
     }
@@ -32,6 +31,7 @@ pub fn main(matches: &ArgMatches, setup: &Setup, settings: Settings) -> Result<(
     if let Some(path) = matches.get_one::<std::path::PathBuf>("trace") {
         serving.trace_to(path)?;
     }
+    let options = RequestOptions::from_matches(matches, &serving)?;
     let stop = stop_on_interrupt()?;
     let system = matches.get_one::<String>("system").map(|text| Message::new("system", text));
     let mut conversation: Vec<Message> = system.clone().into_iter().collect();

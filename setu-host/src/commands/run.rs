@@ -34,7 +34,7 @@ pub fn main(matches: &ArgMatches, setup: &Setup, settings: Settings) -> Result<(
         serving.encode_chat(&messages(matches, &prompt))?
     };
     let started = Instant::now();
-    let sessions = serving.add(ids, params, &RequestOptions::from_matches(matches))?;
+    let sessions = serving.add(ids, params, &RequestOptions::from_matches(matches, &serving)?)?;
     let answers = if json { collect(&sessions) } else { stream(&sessions) };
     let first_token_s =
         answers.iter().filter_map(|answer| answer.first_token).min().map(|at| (at - started).as_secs_f64());

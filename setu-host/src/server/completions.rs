@@ -118,7 +118,7 @@ pub async fn create(
     let firsts = firsts.map(|prompt| prompt.tokens.first().copied()).collect();
     let prompts = prompts.into_iter().map(|prompt| Prompt { tokens: prompt.tokens, only: prompt_only }).collect();
     let form = request.structured()?.map(|grammar| ("structured_outputs", grammar));
-    let grammar = structured::check(&served.serving, form).await?;
+    let grammar = structured::compile(&served.serving, form).await?;
     let options = RequestOptions { grammar, ..request.options() };
     let generation = Generation::start(&served, prompts, &params, &options).await?;
     let echo = Echo { texts: echoed, firsts, choices: params.n as usize };

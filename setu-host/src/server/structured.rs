@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::Value;
-use setu_engine::grammar::Grammar;
+use setu_engine::grammar::{CompiledGrammar, Grammar};
 use utoipa::ToSchema;
 
 use super::content::Object;
@@ -116,12 +116,12 @@ impl StructuredOutputs {
 ///
 /// # Errors
 /// The grammar is refused.
-pub async fn check(serving: &Arc<Serving>, held: Option<(&'static str, Grammar)>) -> Result<Option<Grammar>, ApiError> {
+pub async fn compile(
+    serving: &Arc<Serving>,
+    held: Option<(&'static str, Grammar)>,
+) -> Result<Option<Arc<CompiledGrammar>>, ApiError> {
     let Some((field, grammar)) = held else { return Ok(None) };
-    let compiling = (serving.clone(), grammar.clone());
-    let compiled = blocking(move || compiling.0.grammar(&compiling.1)).await;
-    match compiled {
-        Ok(_) => Ok(Some(grammar)),
-        Err(error) => Err(ApiError { param: Some(field.to_owned()), ..error }),
-    }
+    let serving = serving.clone();
+    let compiled = blocking(move || serving.grammar(&grammar)).await;
+    compiled.map(Some).map_err(|error| ApiError { param: Some(field.to_owned()), ..error })
 }

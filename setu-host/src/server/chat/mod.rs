@@ -162,7 +162,7 @@ pub async fn create(
     let options = request.options();
     let prepared = request.conversation(&served.serving)?.prepare(&served.serving).await?;
     let Prepared { tokens, held, reading, shown } = prepared;
-    let grammar = structured::check(&served.serving, held).await?;
+    let grammar = structured::compile(&served.serving, held).await?;
     let options = RequestOptions { grammar, shown, ..options };
     let prompt = Prompt { tokens, only: false };
     let generation = Generation::start(&served, vec![prompt], &params, &options).await?;

@@ -57,7 +57,7 @@ pub async fn create(
     let params = request.params(&served.serving)?;
     let prepared = request.conversation(&served.serving)?.prepare(&served.serving).await?;
     let Prepared { tokens, held, reading, shown } = prepared;
-    let grammar = structured::check(&served.serving, held).await?;
+    let grammar = structured::compile(&served.serving, held).await?;
     let tenant = request.metadata.and_then(|metadata| metadata.0.user_id);
     let options = RequestOptions { tenant, grammar, shown, ..RequestOptions::default() };
     let prompt_tokens = tokens.len() as u32;

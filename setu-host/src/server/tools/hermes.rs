@@ -43,17 +43,10 @@ enum State {
 }
 
 impl Parser for HermesParser {
-    fn push(&mut self, text: &str, out: &mut Vec<Part>) {
-        self.input.push(text);
-        self.run(false, out);
+    fn input(&mut self) -> &mut Input {
+        &mut self.input
     }
 
-    fn finish(&mut self, out: &mut Vec<Part>) {
-        self.run(true, out);
-    }
-}
-
-impl HermesParser {
     fn run(&mut self, at_end: bool, out: &mut Vec<Part>) {
         loop {
             match &mut self.state {

@@ -44,17 +44,10 @@ enum State {
 }
 
 impl Parser for Llama3Parser {
-    fn push(&mut self, text: &str, out: &mut Vec<Part>) {
-        self.input.push(text);
-        self.run(false, out);
+    fn input(&mut self) -> &mut Input {
+        &mut self.input
     }
 
-    fn finish(&mut self, out: &mut Vec<Part>) {
-        self.run(true, out);
-    }
-}
-
-impl Llama3Parser {
     fn run(&mut self, at_end: bool, out: &mut Vec<Part>) {
         loop {
             match &mut self.state {

@@ -71,17 +71,10 @@ enum State {
 }
 
 impl Parser for MistralParser {
-    fn push(&mut self, text: &str, out: &mut Vec<Part>) {
-        self.input.push(text);
-        self.run(false, out);
+    fn input(&mut self) -> &mut Input {
+        &mut self.input
     }
 
-    fn finish(&mut self, out: &mut Vec<Part>) {
-        self.run(true, out);
-    }
-}
-
-impl MistralParser {
     fn run(&mut self, at_end: bool, out: &mut Vec<Part>) {
         loop {
             match &mut self.state {
@@ -132,7 +125,9 @@ impl MistralParser {
             }
         }
     }
+}
 
+impl MistralParser {
     /// What stands behind the mark: `None` where that can't be told yet, `Some(None)` where it is no call.
     fn head(&mut self, at_end: bool) -> Option<Option<State>> {
         let wait = (!at_end).then_some(());

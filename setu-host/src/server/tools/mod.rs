@@ -20,7 +20,7 @@ use std::sync::Arc;
 pub use declared::{Function, Tool, ToolCall, ToolChoice};
 pub use grammar::{Rules, Wanted};
 pub use hermes::Hermes;
-pub use input::beginning;
+pub use input::{Input, beginning};
 pub use llama3::Llama3;
 pub use mistral::Mistral;
 
@@ -46,10 +46,21 @@ pub trait Format: Send + Sync {
 
 /// Finds calls in an answer as it comes. How the text is cut makes no difference to what its parts add up to.
 pub trait Parser: Send {
-    fn push(&mut self, text: &str, out: &mut Vec<Part>);
+    /// What came and was not taken.
+    fn input(&mut self) -> &mut Input;
+
+    /// Takes as much of the input as can be told; at the end, all of it.
+    fn run(&mut self, at_end: bool, out: &mut Vec<Part>);
+
+    fn push(&mut self, text: &str, out: &mut Vec<Part>) {
+        self.input().push(text);
+        self.run(false, out);
+    }
 
     /// The answer is over.
-    fn finish(&mut self, out: &mut Vec<Part>);
+    fn finish(&mut self, out: &mut Vec<Part>) {
+        self.run(true, out);
+    }
 }
 
 /// A part of an answer.
