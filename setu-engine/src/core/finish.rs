@@ -65,15 +65,19 @@ impl Core {
         if !(0.0..MOST_BUSY_S).contains(&busy_s) {
             return Err(Error::contract(format!("the backend says that a step took {busy_s} s")));
         }
-        self.clock.advance_to(flight.submitted_s.max(self.last_finished_s) + busy_s);
+        self.clock.advance_to(self.began_s(flight) + busy_s);
         Ok(())
+    }
+
+    /// When a step began: behind another one, when that was done.
+    fn began_s(&self, flight: &Flight) -> f64 {
+        flight.submitted_s.max(self.last_finished_s)
     }
 
     fn take_in(&mut self, buffers: &OutputBuffers) {
         let Some(flight) = self.flights.pop_front() else { return };
         let now_s = self.clock.now_s();
-        // Behind another step it began when that one was done.
-        let began_s = flight.submitted_s.max(self.last_finished_s);
+        let began_s = self.began_s(&flight);
         let took_s = now_s - began_s;
         self.last_finished_s = now_s;
         self.last_step = outcome(&flight, took_s);
@@ -247,7 +251,7 @@ impl Core {
     fn step_failed(&mut self, error: Error) {
         let Some(mut flight) = self.flights.pop_front() else { return };
         tracing::error!(error = error.message(), step = flight.number, "a step failed");
-        let began_s = flight.submitted_s.max(self.last_finished_s);
+        let began_s = self.began_s(&flight);
         self.watching.finished(&flight, began_s, self.clock.now_s() - began_s, true);
         if super::is_fatal(&error) {
             self.retire_flight(flight);
