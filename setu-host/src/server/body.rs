@@ -1,11 +1,16 @@
 //! From a request's body to its type: what is wrong is told by path, and unknown fields with the nearest known name.
 
+use std::sync::Arc;
+
 use axum::body::Bytes;
+use axum::extract::{FromRequest, Request};
 use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_path_to_error::Path;
 
+use super::app::App;
 use super::config::UnknownFields;
 use super::content::Object;
 use super::error::ApiError;
@@ -19,8 +24,18 @@ pub struct Body<T> {
     pub unknown: Vec<String>,
 }
 
+impl<T: DeserializeOwned> FromRequest<Arc<App>> for Body<T> {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Body<T>, Response> {
+        let headers = request.headers().clone();
+        let bytes = Bytes::from_request(request, app).await.map_err(IntoResponse::into_response)?;
+        read(&headers, &bytes, app.config.unknown_fields).map_err(IntoResponse::into_response)
+    }
+}
+
 /// Reads a body of JSON.
-pub fn read<T: DeserializeOwned>(
+fn read<T: DeserializeOwned>(
     headers: &HeaderMap,
     body: &Bytes,
     unknown_fields: UnknownFields,

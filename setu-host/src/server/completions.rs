@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use futures_util::Stream;
 use serde::Serialize;
@@ -16,7 +14,7 @@ use setu_engine::{Event, TokenLogprob};
 use utoipa::ToSchema;
 
 use super::app::{App, now_s};
-use super::body;
+use super::body::Body;
 use super::content::Prompts;
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Answer, Generation, Prompt, check, finish_name};
@@ -101,10 +99,8 @@ struct Logprobs {
 pub async fn create(
     State(app): State<Arc<App>>,
     caller: Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    Body { request, unknown }: Body<CompletionRequest>,
 ) -> Result<Response, ApiError> {
-    let body::Body { request, unknown } = body::read::<CompletionRequest>(&headers, &bytes, app.config.unknown_fields)?;
     let served = app.model(caller, request.model.as_deref()).await?;
     let serving = &served.serving;
     request.suffix.check("suffix", "text is continued at its end")?;

@@ -3,16 +3,14 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use setu_engine::text::EncodeOptions;
 use utoipa::ToSchema;
 
 use super::app::App;
-use super::body;
+use super::body::Body;
 use super::chat::{self, ChatMessage};
 use super::content::Object;
 use super::error::{ApiError, ErrorBody};
@@ -79,10 +77,8 @@ pub struct DetokenizeBody {
 pub async fn tokenize(
     State(app): State<Arc<App>>,
     caller: Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    Body { request, unknown }: Body<TokenizeRequest>,
 ) -> Result<Response, ApiError> {
-    let body::Body { request, unknown } = body::read::<TokenizeRequest>(&headers, &bytes, app.config.unknown_fields)?;
     let served = app.model(caller, request.model.as_deref()).await?;
     if request.tools.is_some() && request.messages.is_none() {
         return Err(ApiError::invalid("tools", "`tools` needs `messages`"));
@@ -113,10 +109,8 @@ pub async fn tokenize(
 pub async fn detokenize(
     State(app): State<Arc<App>>,
     caller: Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    Body { request, unknown }: Body<DetokenizeRequest>,
 ) -> Result<Response, ApiError> {
-    let body::Body { request, unknown } = body::read::<DetokenizeRequest>(&headers, &bytes, app.config.unknown_fields)?;
     let served = app.model(caller, request.model.as_deref()).await?;
     let prompt = decode(&served.serving, &request.tokens)?;
     Ok(app.warned(&unknown, Json(DetokenizeBody { prompt }).into_response()))

@@ -6,9 +6,7 @@ mod message;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -19,15 +17,16 @@ use utoipa::ToSchema;
 pub use message::ChatMessage;
 
 use super::app::{App, now_s};
+use super::body::Body;
 use super::content::Object;
 use super::conversation::{Conversation, Prepared};
 use super::error::{ApiError, ErrorBody};
 use super::generation::{Generation, Prompt};
 use super::keys::Caller;
 use super::shared::{Accepted, Refused, StreamOptions, check as check_params, text_request};
+use super::sse;
 use super::structured::{self, ResponseFormat};
 use super::tools::{Function, Tool, ToolChoice};
-use super::{body, sse};
 use crate::request::RequestOptions;
 use crate::serving::Serving;
 use answer::{ChatBody, ChatChunk, Envelope, stream};
@@ -151,10 +150,8 @@ pub enum ServiceTier {
 pub async fn create(
     State(app): State<Arc<App>>,
     caller: Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    Body { request, unknown }: Body<ChatRequest>,
 ) -> Result<Response, ApiError> {
-    let body::Body { request, unknown } = body::read::<ChatRequest>(&headers, &bytes, app.config.unknown_fields)?;
     let served = app.model(caller, request.model.as_deref()).await?;
     request.refuse()?;
     let params = request.params(&served.serving)?;

@@ -11,9 +11,7 @@ mod request;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
-use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use setu_core::sampling::SamplingParams;
@@ -22,12 +20,13 @@ use utoipa::ToSchema;
 pub use error::in_shape;
 
 use super::app::App;
+use super::body::Body;
 use super::conversation::Prepared;
 use super::error::ApiError;
 use super::generation::{Generation, Prompt};
 use super::keys::Caller;
 use super::shared::check;
-use super::{body, sse, structured};
+use super::{sse, structured};
 use crate::request::RequestOptions;
 use crate::serving::Serving;
 use answer::{MessageBody, MessageEvent};
@@ -48,10 +47,8 @@ struct CountBody {
 pub async fn create(
     State(app): State<Arc<App>>,
     caller: Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    Body { request, unknown }: Body<MessagesRequest>,
 ) -> Result<Response, ApiError> {
-    let body::Body { request, unknown } = body::read::<MessagesRequest>(&headers, &bytes, app.config.unknown_fields)?;
     let served = app.model(caller, Some(&request.model)).await?;
     request.refuse()?;
     let params = request.params(&served.serving)?;
@@ -81,10 +78,8 @@ pub async fn create(
 pub async fn count_tokens(
     State(app): State<Arc<App>>,
     caller: Caller,
-    headers: HeaderMap,
-    bytes: Bytes,
+    Body { request, unknown }: Body<CountRequest>,
 ) -> Result<Response, ApiError> {
-    let body::Body { request, unknown } = body::read::<CountRequest>(&headers, &bytes, app.config.unknown_fields)?;
     let served = app.model(caller, Some(&request.model)).await?;
     let prepared = request.conversation(&served.serving)?.prepare(&served.serving).await?;
     Ok(app.warned(&unknown, Json(CountBody { input_tokens: prepared.tokens.len() }).into_response()))
