@@ -9,12 +9,12 @@
 #
 # NVRTC is needed (the CUDA toolkit, or `pip install nvidia-cuda-nvrtc-cu12`). Where there are, cuBLAS gives the ceiling of
 # matrix products, compute-sanitizer checks the tests of single ops, and torch with transformers is measured as a peer.
-# SETU_PROFILE=dev builds with the dev profile in place of release. SETU_GPU_PARTS chooses from: tests parity sanitizer
+# SETU_PROFILE=dev builds with the dev profile in place of release. SETU_TEST_PARTS chooses from: tests parity sanitizer
 # bench start peer.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-parts=" ${SETU_GPU_PARTS:-tests parity sanitizer bench start peer} "
+parts=" ${SETU_TEST_PARTS:-tests parity sanitizer bench start peer} "
 profile=${SETU_PROFILE:-release}
 folder=$(mktemp -d)
 mode=build
@@ -31,20 +31,22 @@ step() { printf '\n== %s\n' "$*"; }
 # Builds the tests, the bench and the program, and copies them to the folder without their symbols.
 build() {
   step "build ($profile)"
-  cargo build -p setu-host --profile "$profile" --message-format=json-render-diagnostics >"$folder/build.json" || exit 1
-  cargo test -p setu-backend-cuda --tests --profile "$profile" --no-run \
-    --message-format=json-render-diagnostics >>"$folder/build.json" || exit 1
-  cargo test -p setu-tests --test parity --bench gpu --profile "$profile" --no-run \
-    --message-format=json-render-diagnostics >>"$folder/build.json" || exit 1
+  # As the whole workspace has them, so that what is built already isn't built again with other features.
+  local tests=(--test dense --test in_flight --test long_context --test conformance --test parity --bench gpu)
+  {
+    cargo build --workspace --bin setu --profile "$profile" --message-format=json-render-diagnostics &&
+      cargo test --workspace --profile "$profile" --no-run "${tests[@]}" --message-format=json-render-diagnostics
+  } >"$folder/build.json" || exit 1
   python3 - "$folder" <<'PYTHON' || exit 1
 import json, shutil, subprocess, sys
 folder = sys.argv[1]
-wanted = {"setu", "conformance", "in_flight", "long_context", "dense", "parity", "gpu"}
+wanted = {"setu": "setu-host", "parity": "/tests", "gpu": "/tests"}
+wanted |= {name: "backend-cuda" for name in ("conformance", "in_flight", "long_context", "dense")}
 for line in open(f"{folder}/build.json"):
     message = json.loads(line) if line.startswith("{") else {}
     name = message.get("target", {}).get("name")
-    ours = any(part in message.get("package_id", "") for part in ("setu-host", "setu-backend-cuda", "setu-tests", "backend-cuda", "/tests"))
-    if message.get("executable") and name in wanted and ours:
+    ours = name in wanted and wanted[name] in message.get("package_id", "")
+    if message.get("executable") and ours:
         shutil.copy(message["executable"], f"{folder}/{name}")
         subprocess.run(["strip", f"{folder}/{name}"], check=False)
 PYTHON
@@ -62,17 +64,18 @@ models=(bench/models/llama-3.2-1b bench/models/llama-3.1-8b)
 bench_flags=()
 if [[ $mode == emulated ]]; then
   step "the emulated driver"
-  driver=$(ls -td "${CARGO_TARGET_DIR:-target}"/tmp/cuemu-*/libcuda.so 2>/dev/null | head -1)
-  if [[ -z $driver ]]; then
-    cargo test -p setu-backend-cuda --test memory --profile "$profile" || exit 1
-    driver=$(ls -td "${CARGO_TARGET_DIR:-target}"/tmp/cuemu-*/libcuda.so | head -1)
-  fi
+  cargo test --workspace --test memory --profile "$profile" || exit 1
+  # The newest that isn't for the sanitizer.
+  driver=$(ls -td "${CARGO_TARGET_DIR:-target}"/tmp/cuemu-*/libcuda.so | xargs grep -L __asan_init | head -1)
   LD_LIBRARY_PATH=$(cd "$(dirname "$driver")" && pwd):${LD_LIBRARY_PATH:-}
   export LD_LIBRARY_PATH
   models=(bench/models/tiny)
   bench_flags=(--small)
 fi
-export SETU_GPU=1 SETU_BACKEND__TYPE=cuda
+# NVIDIA's Python packages bring cuBLAS along.
+libraries=$(python3 -c 'import glob, sysconfig; print(":".join(glob.glob(sysconfig.get_paths()["purelib"] + "/nvidia/*/lib")))' 2>/dev/null)
+export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:-}:$libraries:/usr/local/cuda/lib64
+export SETU_TEST_GPU=1 SETU_BACKEND__TYPE=cuda
 export SETU_CACHE=${SETU_CACHE:-$folder/cache}
 
 results=$folder/results
@@ -106,7 +109,7 @@ if wants tests; then
 fi
 if wants parity && [[ $mode != emulated ]]; then
   step "logits of random checkpoints, against transformers'"
-  run parity "$folder/parity"
+  run parity "$folder/parity" every_model_agrees_with_its_reference
 fi
 if wants sanitizer && command -v compute-sanitizer >/dev/null; then
   step "compute-sanitizer over the products"

@@ -27,8 +27,9 @@ use crate::settings::{LogConfig, ModelConfig, RootConfig, SamplingConfig, Served
 use crate::tenants::TenantsConfig;
 
 /// Environment variables with the prefix `SETU_` that are not settings.
-const OTHER_VARIABLES: &[&str] =
-    &["SETU_CONFIG", "SETU_CACHE", "SETU_OFFLINE", "SETU_PIP", "SETU_UPDATE", "SETU_TEST_MODEL", "SETU_TEST_NETWORK"];
+const OTHER_VARIABLES: &[&str] = &["SETU_CONFIG", "SETU_CACHE", "SETU_OFFLINE", "SETU_PIP", "SETU_UPDATE"];
+/// How those begin that the tests read.
+const TEST_VARIABLES: &str = "SETU_TEST_";
 
 /// The sections whose `type` can be given as a flag of their name.
 const POLYMORPHIC: &[&str] = &["scheduler", "batcher", "model", "backend"];
@@ -195,6 +196,8 @@ fn layout(registries: &Registries, folders: &[PathBuf], plugins: &PluginReport) 
             .to_vec(),
     });
     layout.other_variables = OTHER_VARIABLES.iter().map(|&name| name.to_owned()).collect();
+    let tests = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+    layout.other_variables.extend(tests.filter(|name| name.starts_with(TEST_VARIABLES)));
     layout.searched = folders.iter().map(|folder| folder.display().to_string()).collect();
     layout.rejected =
         plugins.rejected.iter().map(|file| (file.path.display().to_string(), file.reason.clone())).collect();

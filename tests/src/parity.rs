@@ -1,4 +1,4 @@
-//! Holds a model to its reference: a [`Fixture`] through checkpoint, model component, CPU backend and engine.
+//! Holds a model to its reference: a [`Fixture`] through checkpoint, model component, backend and engine.
 //!
 //! An error is the largest difference of a row of logits, relative to the row's root mean square. A run in which
 //! greedy tokens differ, or in which the engine didn't do what the run is for, is a failure without a number.
@@ -119,7 +119,12 @@ impl Source {
         let info = self.checkpoint.info();
         let key = load::choose_model(&info, &registries.models).map_err(|error| error.to_string())?;
         let model = Source::build(&registries.models, &key, "{}")?;
-        let mut backend = Source::build(&registries.backends, "cpu", r#"{"activations": "f32"}"#)?;
+        // With `SETU_TEST_GPU` in the environment, as the GPU's script has it, what is held to the reference is the GPU.
+        let (key, config) = match std::env::var_os("SETU_TEST_GPU") {
+            None => ("cpu", r#"{"activations": "f32"}"#),
+            Some(_) => ("cuda", r#"{"batch_invariant": true}"#),
+        };
+        let mut backend = Source::build(&registries.backends, key, config)?;
         let settings = settings();
         let configs = (&settings.engine, &settings.kv);
         load::load(&self.checkpoint, &info, model.as_ref(), case.max_model_len, backend.as_mut(), configs)

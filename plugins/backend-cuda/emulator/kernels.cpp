@@ -15,10 +15,12 @@
 #undef ELEMENT
 #define ELEMENT F16
 #include "../kernels/attention.cu"
+#include "../kernels/decode.cu"
 #include "../kernels/prefill.cu"
 #undef ELEMENT
 #define ELEMENT BF16
 #include "../kernels/attention.cu"
+#include "../kernels/decode.cu"
 #include "../kernels/prefill.cu"
 #undef ELEMENT
 #include "../kernels/combine.cu"

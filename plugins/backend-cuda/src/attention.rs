@@ -15,6 +15,14 @@ pub const DENSE_QUERIES: usize = 64;
 pub const LEAST_DENSE: usize = 8;
 /// Positions that a block of that kernel takes at a time.
 const DENSE_KEYS: usize = 64;
+/// Queries in a tile, warps of a block, and positions that a warp takes at a time, as in `kernels/decode.cu`; and how many
+/// blocks of it a multiprocessor has room for.
+pub const DECODE_QUERIES: usize = 16;
+const DECODE_WARPS: usize = 4;
+const DECODE_STEP: usize = 16;
+const DECODE_BLOCKS: usize = 2;
+/// Times that a device full of blocks is wanted, so that the last ones leave little of it idle.
+const DECODE_WAVES: usize = 4;
 
 /// How Q and K are turned.
 #[derive(Clone, Copy, Debug)]
@@ -27,11 +35,50 @@ pub struct Turn {
     pub q: Operand,
 }
 
+/// The kernel on tensor cores for rows with few queries.
+#[derive(Clone, Debug)]
+pub struct Decode {
+    pub kernel: Kernel,
+    pub shared_bytes: usize,
+    /// Where blocks that share a tile count themselves.
+    pub arrived: u64,
+    /// Blocks that the device runs at once.
+    pub slots: usize,
+}
+
+impl Decode {
+    /// Dynamic shared memory, for heads of at most `head` columns.
+    pub fn shared_bytes(head: usize) -> usize {
+        4 * DECODE_WARPS * DECODE_QUERIES * (head + 2)
+    }
+
+    /// Blocks that the device runs at once.
+    pub fn slots(multiprocessors: usize) -> usize {
+        DECODE_BLOCKS * multiprocessors
+    }
+
+    /// Blocks that share tiles at most, and so the tiles too.
+    pub fn most_blocks(slots: usize) -> usize {
+        DECODE_WAVES * slots
+    }
+
+    /// How many blocks share each of `tiles` tiles, of which none sees more than `positions`.
+    fn shares(&self, tiles: usize, positions: usize) -> usize {
+        // A step for each warp is worth a block while some of the device is idle; later they must be worth what merging
+        // costs.
+        let steps = positions.div_ceil(DECODE_STEP);
+        let idle = (self.slots / tiles.max(1)).min(steps / DECODE_WARPS);
+        let even = (Decode::most_blocks(self.slots) / tiles.max(1)).min(steps / (4 * DECODE_WARPS));
+        idle.max(even).max(1)
+    }
+}
+
 /// Attention's constants.
 #[derive(Clone, Debug)]
 pub struct Attention {
     pub write: Kernel,
     pub attend: Kernel,
+    pub decode: Option<Decode>,
     pub combine: Kernel,
     /// The kernel on tensor cores and its shared memory.
     pub prefill: Option<(Kernel, usize)>,
@@ -85,6 +132,12 @@ impl Attention {
             }
             None => step.most_parts(self.tiling, self.window, PART_TOKENS),
         };
+        if let Some(decode) = &self.decode {
+            let shares = decode.shares(tiles * self.kv_heads, parts * PART_TOKENS);
+            let arguments = self.arguments(pass, q, 0).address(self.partials).address(decode.arrived);
+            let shape = Shape::new((tiles, self.kv_heads, shares), 32 * DECODE_WARPS).shared(decode.shared_bytes);
+            return pass.launch(&decode.kernel, shape, arguments);
+        }
         let heads = self.kv_heads * self.tiling.head_group;
         // Where few queries see a long context, its parts are spread over blocks; the result is the same.
         let room = pass.rows * heads * parts * (self.v_dim + 2) <= self.partials_len;
@@ -110,7 +163,10 @@ impl Attention {
 
     /// From how many rows of one token each on there are blocks enough without.
     pub fn spread_rows(&self) -> usize {
-        let tiles = self.tiling.head_group.div_ceil(TILE_QUERIES);
+        let tiles = self.tiling.head_group.div_ceil(self.tiling.queries);
+        if let Some(decode) = &self.decode {
+            return Decode::most_blocks(decode.slots) / 2 / (tiles * self.kv_heads) + 1;
+        }
         self.busy_blocks.div_ceil(tiles * self.kv_heads * self.v_dim.div_ceil(PART_TOKENS))
     }
 
@@ -118,7 +174,7 @@ impl Attention {
         self.window.map_or(0, |window| window as usize)
     }
 
-    /// The arguments that both kernels begin with, for the tiles of list `list`.
+    /// The arguments that all kernels begin with, for the tiles of list `list`.
     fn arguments(&self, pass: &Pass<'_>, q: Operand, list: usize) -> Arguments {
         let places = &pass.step.places;
         let at = |place: usize| pass.upload + place as u64;

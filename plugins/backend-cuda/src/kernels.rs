@@ -37,6 +37,7 @@ const HEADERS: &[(&str, &str)] = files![
 const SOURCES: &[(&str, &str)] = files![
     "attention.cu",
     "combine.cu",
+    "decode.cu",
     "elementwise.cu",
     "embed.cu",
     "linear.cu",
@@ -69,7 +70,7 @@ impl Unit {
             let file = name.trim_end_matches(".cu");
             let formats: &[DType] = match file {
                 "attention" => &[DType::F32, DType::F16, DType::BF16],
-                "prefill" => &[DType::F16, DType::BF16],
+                "decode" | "prefill" => &[DType::F16, DType::BF16],
                 "embed" | "linear" => &DType::ALL,
                 // Tensor cores take all but the first, F32.
                 "matmul" => &DType::ALL[1..],
@@ -95,7 +96,7 @@ impl Unit {
         // Products and sums are contracted only where the source says so: see `common.cuh`.
         let mut options =
             vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
-        let macro_name = if ["attention", "prefill"].contains(&self.file) { "ELEMENT" } else { "FORMAT" };
+        let macro_name = if ["attention", "decode", "prefill"].contains(&self.file) { "ELEMENT" } else { "FORMAT" };
         options.extend(self.format.map(|format| format!("-D{macro_name}={}", format.name())));
         options
     }

@@ -7,7 +7,7 @@ use setu_core::graph::{
 };
 use setu_core::{DType, Error, Graph, Result};
 
-use crate::attention::{self, Attention, Turn};
+use crate::attention::{self, Attention, Decode, Turn};
 use crate::experts::Experts;
 use crate::fuse::{self, Kind, Unit};
 use crate::gpu::{Device, Kernel, Memory};
@@ -42,6 +42,8 @@ pub struct Lowering<'a, 'w> {
     pub attention: Vec<PendingAttention>,
     /// Address and length in floats.
     pub partials: Option<(u64, usize)>,
+    /// Counters of blocks that share a tile of attention.
+    pub arrived: Option<u64>,
     pub shares: Option<Shares>,
     /// By rows, pairs, experts, width of the feed-forward and of its result.
     pub experts: HashMap<[usize; 5], ExpertScratch>,
@@ -336,10 +338,10 @@ impl Lowering<'_, '_> {
             )));
         }
         let kernel_unit = kernels::Unit { file: "attention", format: Some(self.kv_dtype) };
-        let prefill = self.prefill(kv)?;
+        let (prefill, decode) = (self.prefill(kv)?, self.decode(kv)?);
         let tiling = Tiling {
             head_group,
-            queries: attention::TILE_QUERIES,
+            queries: if decode.is_some() { attention::DECODE_QUERIES } else { attention::TILE_QUERIES },
             dense: prefill.as_ref().map(|_| (attention::LEAST_DENSE, attention::DENSE_QUERIES)),
         };
         let tiles = self.tilings.iter().position(|&known| known == tiling).unwrap_or_else(|| {
@@ -351,6 +353,7 @@ impl Lowering<'_, '_> {
         Ok(Op::Attention(Box::new(Attention {
             write: self.kernels.get(kernel_unit, "kv_write")?,
             attend: self.kernels.get(kernel_unit, "attend")?,
+            decode,
             combine: self.kernel("combine", "attend_combine")?,
             prefill,
             pages: [0; 7],
@@ -376,16 +379,35 @@ impl Lowering<'_, '_> {
         })))
     }
 
-    /// The kernel on tensor cores for a layer's heads, and its shared memory; none where there is no such kernel.
-    fn prefill(&mut self, kv: KvLayer) -> Result<Option<(Kernel, usize)>> {
+    /// How wide the heads are that kernels on tensor cores for a layer are made for; none where there are none.
+    fn dense_head(&self, kv: KvLayer) -> Option<usize> {
         let halves = matches!(self.kv_dtype, DType::F16 | DType::BF16);
         let head = [64, 128].into_iter().find(|&head| kv.k_dim.max(kv.v_dim) <= head);
-        let Some(head) = head.filter(|_| halves && !self.batch_invariant && kv.v_dim.is_multiple_of(8)) else {
-            return Ok(None);
+        let head = head.filter(|_| halves && !self.batch_invariant && kv.v_dim.is_multiple_of(8))?;
+        Some(head as usize)
+    }
+
+    fn decode(&mut self, kv: KvLayer) -> Result<Option<Decode>> {
+        let Some(head) = self.dense_head(kv) else { return Ok(None) };
+        let unit = kernels::Unit { file: "decode", format: Some(self.kv_dtype) };
+        let kernel = self.kernels.get(unit, &format!("decode_{head}"))?;
+        let slots = Decode::slots(self.device.multiprocessors()?);
+        let arrived = match self.arrived {
+            Some(arrived) => arrived,
+            None => {
+                let zeros = vec![0; 4 * Decode::most_blocks(slots)];
+                *self.arrived.insert(self.weights.constant(&zeros, "counters of attention")?)
+            }
         };
+        Ok(Some(Decode { kernel, shared_bytes: Decode::shared_bytes(head), arrived, slots }))
+    }
+
+    /// The kernel on tensor cores for a layer's heads, and its shared memory; none where there is no such kernel.
+    fn prefill(&mut self, kv: KvLayer) -> Result<Option<(Kernel, usize)>> {
+        let Some(head) = self.dense_head(kv) else { return Ok(None) };
         let unit = kernels::Unit { file: "prefill", format: Some(self.kv_dtype) };
         let kernel = self.kernels.get(unit, &format!("attend_{head}"))?;
-        let shared = attention::prefill_shared_bytes(head as usize);
+        let shared = attention::prefill_shared_bytes(head);
         kernel.allow_shared(shared)?;
         Ok(Some((kernel, shared)))
     }
@@ -394,6 +416,8 @@ impl Lowering<'_, '_> {
     fn partials(&mut self, busy_blocks: usize, v_dim: usize) -> Result<(u64, usize)> {
         let most_parts = self.model_len.div_ceil(attention::PART_TOKENS);
         let len = (busy_blocks * attention::TILE_QUERIES * most_parts * (v_dim + 2)).min(PARTIALS_BYTES / 4);
+        let blocks = Decode::most_blocks(Decode::slots(self.device.multiprocessors()?));
+        let len = len.max(blocks * attention::DECODE_QUERIES * (v_dim + 2));
         match self.partials {
             Some(found) if found.1 >= len => Ok(found),
             _ => {

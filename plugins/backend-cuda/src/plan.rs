@@ -139,6 +139,7 @@ pub fn lower(
         tilings: Vec::new(),
         attention: Vec::new(),
         partials: None,
+        arrived: None,
         shares: None,
         experts: HashMap::new(),
     };
@@ -189,6 +190,7 @@ fn needed(
         add("attention", Some(kv_dtype));
         if !batch_invariant && kv_dtype != DType::F32 {
             add("prefill", Some(kv_dtype));
+            add("decode", Some(kv_dtype));
         }
     }
     add("sample", None);

@@ -33,9 +33,14 @@ fn check(shape: Heads, kv_dtype: DType, page_tokens: u32, tolerance: f64) {
     // Where bits may change: on tensor cores if K and V are halves, beside rows that are not.
     let exec = backend().compile(&graph, &weights.data(), &options).unwrap();
     let mut rig = Rig::of(&graph, exec, options);
-    let mut sequences = [rig.random_sequence(300), rig.sequence(tokens), rig.random_sequence(140)];
+    let mut sequences = [rig.random_sequence(300), rig.sequence(tokens.clone()), rig.random_sequence(140)];
     let found = rig.mixed(&mut sequences, 40).unwrap_or_else(|_| panic!("{shape:?}: a step fails"));
     assert!(compare(&found[1], &expected, tolerance, 0.1).is_ok(), "{shape:?} in {kv_dtype}: logits are off");
+    for chunk in [1, 5] {
+        let found = rig.alone(&tokens, chunk).unwrap_or_else(|_| panic!("{shape:?}: a step fails"));
+        let close = compare(&found, &expected, tolerance, 0.1).is_ok();
+        assert!(close, "{shape:?} in {kv_dtype}, chunks of {chunk}: logits are off");
+    }
 }
 
 #[test]

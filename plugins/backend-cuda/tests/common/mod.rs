@@ -43,10 +43,10 @@ pub fn without_graphs() -> Box<dyn Backend> {
     backend_with(CudaConfig { graphs: false, ..CudaConfig::default() })
 }
 
-/// With `SETU_GPU` in the environment the driver is whichever the machine has.
+/// With `SETU_TEST_GPU` in the environment the driver is whichever the machine has.
 fn backend_with(config: CudaConfig) -> Box<dyn Backend> {
     static ONCE: Once = Once::new();
-    if std::env::var_os("SETU_GPU").is_none() {
+    if std::env::var_os("SETU_TEST_GPU").is_none() {
         ONCE.call_once(|| setu_cuemu::load(folder()));
     }
     Box::new(CudaBackend::build(config).expect("the driver has a device"))

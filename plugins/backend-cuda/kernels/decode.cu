@@ -1,0 +1,335 @@
+// Paged attention on tensor cores for rows with few queries, such as those that decode, for one element type of keys
+// and values: bound by how fast those come. Prompts go to prefill.cu.
+//
+// A block takes a tile of queries of one KV head, and a share of the positions that they see. Its warps take turns, STEP
+// positions at a time. Keys and values go from memory to registers and from there to the tensor cores, with the next ones
+// on their way: a sum over columns may take them in any order, so that a lane's sixteen bytes of a key are two operands
+// as they are, and those of four values become operands when their halves are paired.
+//
+// Each warp has a softmax of its own. They are merged in the block, and by the block of the tile that is done last for
+// all shares, in the order of positions both times.
+
+#ifndef SETU_DECODE
+#define SETU_DECODE
+#include "attention.cuh"
+#include "formats.cuh"
+
+// Queries of a tile, warps of a block, and positions that a warp takes at a time.
+constexpr int DECODE_QUERIES = 16;
+constexpr int DECODE_WARPS = 4;
+constexpr int STEP = 16;
+
+// Where a row's keys and values are.
+struct Cells {
+    Pages pages;
+    const u32 *row_pages;
+    int skipped, kv_head, seen_from, seen_to;
+    // Whether no step lies in two pages.
+    bool aligned;
+
+    __device__ __forceinline__ const u8 *page_of(int position) const {
+        return pages.start + row_pages[position / pages.page_tokens - skipped] * pages.page_bytes;
+    }
+
+    __device__ __forceinline__ bool sees(int position) const { return position >= seen_from && position <= seen_to; }
+
+    // The page of the step at `begin`, if it is one.
+    __device__ __forceinline__ const u8 *page_of_step(int begin) const {
+        return aligned ? page_of(min(max(begin, seen_from), seen_to)) : nullptr;
+    }
+
+    // Of keys `lane / 4` and `lane / 4 + 8` of a step, every fourth piece.
+    template <int HEAD> __device__ __forceinline__ void load_keys(int begin, uint4 (&keys)[2][HEAD / 32]) const {
+        int lane = lane_of_thread(), pieces = pages.k_padded / 8;
+        const u8 *page = page_of_step(begin);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int position = begin + lane / 4 + 8 * i;
+            bool seen = sees(position);
+            const u8 *from = nullptr;
+            if (seen) {
+                from = (page ? page : page_of(position)) + pages.k_at +
+                       (static_cast<size_t>(kv_head) * pieces * pages.page_tokens + position % pages.page_tokens) * 16;
+            }
+#pragma unroll
+            for (int t = 0; t < HEAD / 32; t++) {
+                int piece = 4 * t + lane % 4;
+                uint4 none = {0, 0, 0, 0};
+                keys[i][t] = seen && piece < pieces
+                                 ? *reinterpret_cast<const uint4 *>(from + static_cast<size_t>(piece) * pages.page_tokens * 16)
+                                 : none;
+            }
+        }
+    }
+
+    // Of the four positions whose terms this lane has, columns `8 × (lane / 4)` on of every 64.
+    template <int HEAD> __device__ __forceinline__ void load_values(int begin, uint4 (&values)[4][HEAD / 64]) const {
+        int lane = lane_of_thread();
+        const u8 *page = page_of_step(begin);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int position = begin + lane % 4 * 2 + i % 2 + i / 2 * 8;
+            bool seen = sees(position);
+            const u8 *from = nullptr;
+            if (seen) {
+                from = (page ? page : page_of(position)) + pages.v_at +
+                       (static_cast<size_t>(kv_head) * pages.page_tokens + position % pages.page_tokens) * pages.v_dim * 2;
+            }
+#pragma unroll
+            for (int t = 0; t < HEAD / 64; t++) {
+                int column = 64 * t + lane / 4 * 8;
+                uint4 none = {0, 0, 0, 0};
+                values[i][t] = seen && column < pages.v_dim ? *reinterpret_cast<const uint4 *>(from + 2 * column) : none;
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ u32 word_of(const uint4 &words, int index) {
+    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
+}
+
+// The lower, or the upper halves of two words.
+__device__ __forceinline__ u32 paired(u32 first, u32 second, bool upper) {
+    return upper ? first >> 16 | (second & 0xffff0000u) : (first & 0xffffu) | second << 16;
+}
+
+// `exp2(value - highest)`, 0 for what isn't there.
+__device__ __forceinline__ float term_of(float value, float highest) {
+    return value == -INFINITY_F ? 0.0f : exp2f(value - highest);
+}
+
+// What a warp, or a block, has found for a query: in shared memory, or among the partials.
+struct Found {
+    float *start;
+
+    __device__ __forceinline__ float &highest() const { return start[0]; }
+    __device__ __forceinline__ float &total() const { return start[1]; }
+    __device__ __forceinline__ float &sum(int column) const { return start[2 + column]; }
+};
+
+// Merges `count` of them that lie `apart` floats from each other: the sum of column `column`, with `highest` and `total`.
+// What other blocks wrote must not come from the cache of this one's multiprocessor.
+template <bool OF_OTHER_BLOCKS>
+__device__ __forceinline__ float merge_found(const float *start, int count, size_t apart, int column, float &highest,
+                                             float &total) {
+    auto load = [](const float *place) { return OF_OTHER_BLOCKS ? __ldcg(place) : *place; };
+    highest = -INFINITY_F;
+    for (int i = 0; i < count; i++) {
+        highest = fmaxf(highest, load(start + i * apart));
+    }
+    total = 0.0f;
+    float sum = 0.0f;
+    for (int i = 0; i < count; i++) {
+        float keeps = term_of(load(start + i * apart), highest);
+        total = fmaf(load(start + i * apart + 1), keeps, total);
+        sum = fmaf(load(start + i * apart + 2 + column), keeps, sum);
+    }
+    return sum;
+}
+
+// As `attend` of attention.cu, in tiles of DECODE_QUERIES. Blocks in z are shares; with more than one, `partials` has room
+// for DECODE_QUERIES × (v_dim + 2) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
+// between launches. Heads are at most HEAD columns wide, and those of values a multiple of eight.
+template <Half HALF, int HEAD>
+__device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets, const u32 *table_pages,
+                                           const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
+                                           const u32 *tiles, const float *q, int q_stride, int group, int window,
+                                           float scale, float softcap, const float *sinks, float *y, int y_stride,
+                                           u16 *halves, int halves_stride, int half, float *partials, u32 *arrived) {
+    constexpr float LOG2_E = 1.44269504088896341f;
+    int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
+    int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
+    int queries = min(DECODE_QUERIES, tokens * group - first_query);
+    int kv_head = blockIdx.y, shares = gridDim.z;
+    int first_position = static_cast<int>(row_positions[row]);
+    auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
+    Cells cells = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
+                       first_seen(position_of(0), window), position_of(queries - 1), pages.page_tokens % STEP == 0};
+    int first_step = cells.seen_from / STEP, steps = cells.seen_to / STEP - first_step + 1;
+    int lane = lane_of_thread(), warp = warp_of_thread();
+    int step = first_step + static_cast<int>(static_cast<u64>(steps) * blockIdx.z / shares) + warp;
+    int end = first_step + static_cast<int>(static_cast<u64>(steps) * (blockIdx.z + 1) / shares);
+
+    uint4 keys[2][HEAD / 32], values[4][HEAD / 64];
+    if (step < end) {
+        cells.load_keys<HEAD>(step * STEP, keys);
+        cells.load_values<HEAD>(step * STEP, values);
+    }
+    // This lane's two queries: their columns of the pieces that it has of keys, and what they see.
+    u32 query[2][HEAD / 32][4];
+    int from[2], to[2];
+#pragma unroll
+    for (int lower = 0; lower < 2; lower++) {
+        int in_tile = lane / 4 + 8 * lower, number = first_query + in_tile;
+        to[lower] = in_tile < queries ? position_of(in_tile) : -1;
+        from[lower] = first_seen(position_of(in_tile), window);
+        const float *start = q + (first_token + number / group) * static_cast<size_t>(q_stride) +
+                             (kv_head * group + number % group) * pages.k_dim;
+#pragma unroll
+        for (int t = 0; t < HEAD / 32; t++) {
+            int dim = (4 * t + lane % 4) * 8;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float first = in_tile < queries && dim + 2 * i < pages.k_dim ? start[dim + 2 * i] : 0.0f;
+                float second = in_tile < queries && dim + 2 * i + 1 < pages.k_dim ? start[dim + 2 * i + 1] : 0.0f;
+                query[lower][t][i] = halves_of<HALF>(first, second);
+            }
+        }
+    }
+    float inverse_cap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
+    float highest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {0.0f, 0.0f};
+    float sums[HEAD / 8][4] = {};
+    for (; step < end; step += DECODE_WARPS) {
+        float scores[2][4] = {};
+#pragma unroll
+        for (int t = 0; t < HEAD / 32; t++) {
+            u32 left[4] = {query[0][t][0], query[1][t][0], query[0][t][1], query[1][t][1]};
+            u32 right[4] = {query[0][t][2], query[1][t][2], query[0][t][3], query[1][t][3]};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                multiply_add<HALF>(scores[i], left, keys[i][t].x, keys[i][t].y);
+                multiply_add<HALF>(scores[i], right, keys[i][t].z, keys[i][t].w);
+            }
+        }
+        if (step + DECODE_WARPS < end) {
+            cells.load_keys<HEAD>((step + DECODE_WARPS) * STEP, keys);
+        }
+        float above[2] = {highest[0], highest[1]};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                int position = step * STEP + 8 * i + lane % 4 * 2 + j % 2;
+                float score = scores[i][j] * scale;
+                score = (softcap > 0.0f ? softcap * tanhf(score * inverse_cap) : score) * LOG2_E;
+                bool seen = position >= from[j / 2] && position <= to[j / 2];
+                scores[i][j] = seen ? score : -INFINITY_F;
+                above[j / 2] = fmaxf(above[j / 2], scores[i][j]);
+            }
+        }
+#pragma unroll
+        for (int lower = 0; lower < 2; lower++) {
+            above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 1));
+            above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 2));
+            float keeps = term_of(highest[lower], above[lower]);
+            highest[lower] = above[lower];
+            total[lower] *= keeps;
+#pragma unroll
+            for (int j = 0; j < HEAD / 8; j++) {
+                sums[j][2 * lower] *= keeps;
+                sums[j][2 * lower + 1] *= keeps;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                scores[i][j] = term_of(scores[i][j], highest[j / 2]);
+                total[j / 2] += scores[i][j];
+            }
+        }
+        u32 terms[4] = {halves_of<HALF>(scores[0][0], scores[0][1]), halves_of<HALF>(scores[0][2], scores[0][3]),
+                        halves_of<HALF>(scores[1][0], scores[1][1]), halves_of<HALF>(scores[1][2], scores[1][3])};
+#pragma unroll
+        for (int j = 0; j < HEAD / 8; j++) {
+            int t = j / 8, word = j % 8 / 2;
+            bool upper = j % 2;
+            multiply_add<HALF>(sums[j], terms,
+                               paired(word_of(values[0][t], word), word_of(values[1][t], word), upper),
+                               paired(word_of(values[2][t], word), word_of(values[3][t], word), upper));
+        }
+        if (step + DECODE_WARPS < end) {
+            cells.load_values<HEAD>((step + DECODE_WARPS) * STEP, values);
+        }
+    }
+
+    // `[DECODE_WARPS][DECODE_QUERIES][HEAD + 2]`.
+    DYNAMIC_SHARED(float, shared);
+    constexpr int of_query = HEAD + 2;
+#pragma unroll
+    for (int lower = 0; lower < 2; lower++) {
+        total[lower] += __shfl_xor_sync(ALL_LANES, total[lower], 1);
+        total[lower] += __shfl_xor_sync(ALL_LANES, total[lower], 2);
+        Found found = {shared + (warp * DECODE_QUERIES + lane / 4 + 8 * lower) * of_query};
+        if (lane % 4 == 0) {
+            found.highest() = highest[lower];
+            found.total() = total[lower];
+        }
+#pragma unroll
+        for (int j = 0; j < HEAD / 8; j++) {
+            int column = j / 8 * 64 + lane % 4 * 16 + j % 8;
+            found.sum(column) = sums[j][2 * lower];
+            found.sum(column + 8) = sums[j][2 * lower + 1];
+        }
+    }
+    __syncthreads();
+
+    int v_dim = pages.v_dim;
+    size_t apart = static_cast<size_t>(DECODE_QUERIES) * (v_dim + 2);
+    size_t tile = blockIdx.x * gridDim.y + kv_head;
+    float *of_tile = partials + tile * shares * apart;
+    constexpr size_t between = DECODE_QUERIES * of_query;
+    if (shares > 1) {
+        for (int i = threadIdx.x; i < queries * v_dim; i += blockDim.x) {
+            int number = i / v_dim, column = i % v_dim;
+            Found found = {of_tile + blockIdx.z * apart + number * (v_dim + 2)};
+            float highest_of_all, total_of_all;
+            found.sum(column) =
+                merge_found<false>(shared + number * of_query, DECODE_WARPS, between, column, highest_of_all, total_of_all);
+            if (column == 0) {
+                found.highest() = highest_of_all;
+                found.total() = total_of_all;
+            }
+        }
+        __shared__ u32 before;
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            before = atomicAdd(arrived + tile, 1u);
+        }
+        __syncthreads();
+        if (before + 1 < static_cast<u32>(shares)) {
+            return;
+        }
+        __threadfence();
+        if (threadIdx.x == 0) {
+            // For the next launch.
+            arrived[tile] = 0;
+        }
+    }
+    for (int i = threadIdx.x; i < queries * v_dim; i += blockDim.x) {
+        int in_tile = i / v_dim, column = i % v_dim, number = first_query + in_tile;
+        int head = kv_head * group + number % group;
+        float highest_of_all, total_of_all;
+        float sum = shares > 1 ? merge_found<true>(of_tile + in_tile * (v_dim + 2), shares, apart, column,
+                                                   highest_of_all, total_of_all)
+                               : merge_found<false>(shared + in_tile * of_query, DECODE_WARPS, between, column,
+                                                    highest_of_all, total_of_all);
+        if (sinks) {
+            float sink = sinks[head] * LOG2_E, most = fmaxf(highest_of_all, sink);
+            float keeps = exp2f(highest_of_all - most);
+            total_of_all = total_of_all * keeps + exp2f(sink - most);
+            sum *= keeps;
+        }
+        size_t token = first_token + number / group, place = static_cast<size_t>(head) * v_dim + column;
+        store_attended(y, token * y_stride + place, halves, token * halves_stride + place, half, sum / total_of_all);
+    }
+}
+#endif
+
+#define DEFINE_DECODE(NAME, HEAD)                                                                                      \
+    DENSE_KERNEL_OF(128, 2, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pages,                       \
+                    const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,      \
+                    const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
+                    const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half,              \
+                    float *partials, u32 *arrived) {                                                                   \
+        attend_few<ELEMENT == F16 ? HALF_F16 : HALF_BF16, HEAD>(                                                       \
+            pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
+            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half, partials, arrived);               \
+    }
+
+DEFINE_DECODE(JOIN(decode_64, ELEMENT), 64)
+DEFINE_DECODE(JOIN(decode_128, ELEMENT), 128)
+
+#undef DEFINE_DECODE
