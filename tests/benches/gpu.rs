@@ -2,7 +2,8 @@
 //!
 //! `scripts/gpu.sh` runs it; by itself, `cargo bench -p setu-tests --bench gpu -- FOLDER…` measures the models whose
 //! `config.json` is in the folders, with random weights, and prints one JSON object. With `--small` sizes are such
-//! that the emulated driver is done in a minute: the figures then mean nothing.
+//! that the emulated driver is done in a minute: the figures then mean nothing. `--options={"portable":true}` measures with
+//! such options of the backend.
 //!
 //! Ceilings are measured first: bytes that a copy on the device moves in a second, and cuBLAS's rate in bfloat16 where
 //! there is a cuBLAS. A decode step's floor is the time in which the weights and the K and V that it reads come from
@@ -13,9 +14,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use setu_backend_cuda::ceilings::Ceilings;
-use setu_backend_cuda::{CudaBackend, CudaConfig};
-use setu_core::backend::{Backend, CompileOptions, ExecutableInfo, Want};
-use setu_core::component::Component;
+use setu_core::backend::{CompileOptions, ExecutableInfo, Want};
 use setu_core::graph::Op;
 use setu_core::model::GraphOptions;
 use setu_core::{DType, Graph, Registries, Result};
@@ -39,6 +38,8 @@ struct Plan {
     steps: usize,
     copy_bytes: usize,
     matmul: [usize; 3],
+    /// The backend's options, as JSON.
+    options: &'static str,
 }
 
 const WHOLE: Plan = Plan {
@@ -52,6 +53,7 @@ const WHOLE: Plan = Plan {
     steps: 32,
     copy_bytes: 2 << 30,
     matmul: [4096, 8192, 8192],
+    options: "{}",
 };
 
 const SMALL: Plan = Plan {
@@ -65,6 +67,7 @@ const SMALL: Plan = Plan {
     steps: 4,
     copy_bytes: 1 << 20,
     matmul: [64, 64, 64],
+    options: "{}",
 };
 
 /// What the device can do in a second.
@@ -80,7 +83,10 @@ fn main() {
     if arguments.iter().any(|argument| argument == "--test") {
         return;
     }
-    let plan = if arguments.iter().any(|argument| argument == "--small") { SMALL } else { WHOLE };
+    let mut plan = if arguments.iter().any(|argument| argument == "--small") { SMALL } else { WHOLE };
+    if let Some(options) = arguments.iter().find_map(|argument| argument.strip_prefix("--options=")) {
+        plan.options = options.to_owned().leak();
+    }
     let folders = arguments.iter().filter(|argument| !argument.starts_with("--"));
     match measure(&plan, folders.map(Path::new)) {
         Ok(report) => println!("{report}"),
@@ -133,7 +139,7 @@ fn measure_model(plan: &Plan, folder: &Path, dtype: DType, rates: Rates) -> Resu
     let weights = checkpoint.dummy_weights(&graph).transpose()?.unwrap_or_default();
     let mut options = CompileOptions::new(plan.tokens, plan.rows, plan.model_len);
     options.kv_dtype = DType::BF16;
-    let mut backend = CudaBackend::build(CudaConfig::default())?;
+    let mut backend = (registries.backends.get("cuda")?.build)(plan.options)?;
     let exec = backend.compile(&graph, &weights, &options)?;
     let (info, load_s) = (exec.info(), started.elapsed().as_secs_f64());
     let mut bench = Bench { rig: Rig::of(&graph, exec, options), work: Work::of(&graph, &info, dtype), info };

@@ -37,6 +37,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -131,6 +134,7 @@ template <class T> static inline T __shfl_sync(unsigned mask, T value, unsigned 
 static inline unsigned __ballot_sync(unsigned mask, int vote) {
     return static_cast<unsigned>(cuemu::arrive(cuemu::Collective::ballot, mask, vote != 0, 0));
 }
+static inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 static inline void __syncwarp() { cuemu::arrive(cuemu::Collective::ballot, ~0u, 0, 0); }
 static inline void __threadfence() {}
 template <class T> static inline T atomicAdd(T *place, T value) {

@@ -431,6 +431,18 @@ Result cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned g
     return SUCCESS;
 }
 
+struct LaunchConfig {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
+    void *stream, *attributes;
+    unsigned attribute_count;
+};
+
+// Attributes let kernels overlap; here they never do.
+Result cuLaunchKernelEx(const LaunchConfig *config, void *handle, void **parameters, void **extra) {
+    return cuLaunchKernel(handle, config->grid_x, config->grid_y, config->grid_z, config->block_x, config->block_y,
+                          config->block_z, config->shared, config->stream, parameters, extra);
+}
+
 Result cuStreamBeginCapture_v2(void *stream, int) {
     Guard guard(lock);
     Stream &captured = stream_of(stream);

@@ -33,9 +33,10 @@ template <Format TYPE> __device__ __forceinline__ void load_piece(const u8 *piec
 // `2 × pairs` columns of each head of Q and K are turned on the way, as in rope.cu. Blocks in y are heads: of Q, which
 // goes to `q_turned`, then of K and of V.
 #define NAME JOIN(kv_write, ELEMENT)
-KERNEL_OF(256, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k, int k_stride,
+KERNEL_OF(512, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k, int k_stride,
           const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,
           int pairs, int interleaved) {
+    wait_for_launches_before();
     constexpr int piece = piece_elements(ELEMENT);
     size_t token = blockIdx.x;
     u32 cell = cells[token];
@@ -79,6 +80,7 @@ KERNEL_OF(128, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pag
           const u32 *row_offsets, const u32 *row_positions, const u32 *tiles, const float *q, int q_stride, int group,
           int window, float scale, float softcap, const float *sinks, float *y, int y_stride, u16 *halves,
           int halves_stride, int half, float *partials, int most_parts) {
+    wait_for_launches_before();
     constexpr int piece = piece_elements(ELEMENT);
     int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;

@@ -6,6 +6,7 @@
 KERNEL(attend_combine, const float *partials, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,
        int group, int window, const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half,
        int v_dim, int most_parts) {
+    wait_for_launches_before();
     int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
     int queries = min(QUERIES, tokens * group - first_query);

@@ -41,6 +41,24 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 // No token could be sampled.
 constexpr u32 NO_TOKEN = 0xffffffffu;
 
+// To be called by every kernel before it touches memory that another launch may have written, or still reads. A kernel may
+// be started while the one before it ends; until here it can do what depends on neither, such as asking for weights.
+__device__ __forceinline__ void wait_for_launches_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks for memory that will be read soon.
+__device__ __forceinline__ void prefetch(const void *place) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
+#else
+    (void)place;
+#endif
+}
+
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_of_thread() { return threadIdx.x >> 5; }
 

@@ -138,6 +138,7 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                                            float scale, float softcap, const float *sinks, float *y, int y_stride,
                                            u16 *halves, int halves_stride, int half, float *partials, u32 *arrived) {
     constexpr float LOG2_E = 1.44269504088896341f;
+    wait_for_launches_before();
     int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
     int queries = min(DECODE_QUERIES, tokens * group - first_query);

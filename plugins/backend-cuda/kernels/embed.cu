@@ -4,6 +4,7 @@
 
 #define NAME JOIN(embed, FORMAT)
 KERNEL_OF(1024, NAME, const u32 *tokens, const u8 *table, float scale, float *y, int y_stride, int cols) {
+    wait_for_launches_before();
     const u8 *row = table + tokens[blockIdx.x] * row_bytes<FORMAT>(cols);
     float *to = y + static_cast<size_t>(blockIdx.x) * y_stride;
     for (int at = threadIdx.x * 8; at < cols; at += blockDim.x * 8) {

@@ -1,8 +1,9 @@
 // Products of a few rows with a weight matrix, without tensor cores: bound by how fast weights come, or exact.
 //
-// A warp computes OUTS outputs for TOKENS tokens. Its lanes share the columns out, eight at a time, each sums its own
-// in order, and the lanes' sums are added in one tree. So an output's value depends on its own row and weights alone:
-// one token at a time and many give the same bits.
+// A warp computes OUTS outputs for TOKENS tokens; where outputs are few, several warps share their columns out. Its lanes
+// share the columns out, eight at a time, each sums its own in order, the lanes' sums are added in one tree, and then those
+// of the warps in order. How many warps there are depends on the matrix alone, and so an output's value on its own row and
+// weights: one token at a time and many give the same bits.
 #pragma once
 
 #include "formats.cuh"
@@ -36,18 +37,20 @@ template <int COUNT> __device__ __forceinline__ float reduce(float *sums) {
     return sums[0];
 }
 
-// Sums outputs `first_out` on for the tokens whose rows `xs` points to. Lane l has the sum of output
+// Sums part `part` of `parts` of the columns, of outputs `first_out` on for the tokens whose rows `xs` points to. Lane l has the sum of output
 // `first_out + l / (32 / OUTS)` for token `l / (32 / OUTS / TOKENS) % TOKENS`.
 template <Format TYPE, int TOKENS>
 __device__ __forceinline__ float multiply(const u8 *weights, int outs, int cols, int first_out,
-                                          const float *const *xs) {
+                                          int part, int parts, const float *const *xs) {
     int lane = lane_of_thread();
     float sums[OUTS * TOKENS];
 #pragma unroll
     for (int i = 0; i < OUTS * TOKENS; i++) {
         sums[i] = 0.0f;
     }
-    for (int at = lane * 8; at < cols; at += 32 * 8) {
+    // One token leaves registers for what comes next to be on its way.
+#pragma unroll(TOKENS == 1 ? 2 : 1)
+    for (int at = (part * 32 + lane) * 8; at < cols; at += parts * 32 * 8) {
         float w[OUTS][8];
         if constexpr (is_float(TYPE)) {
 #pragma unroll
@@ -93,8 +96,21 @@ __device__ __forceinline__ float multiply(const u8 *weights, int outs, int cols,
 
 // The outputs of this warp, for all rows of its matrix, TOKENS at a time.
 template <Format TYPE, int TOKENS> __device__ __forceinline__ void linear(const Product &product) {
-    int first_out = (blockIdx.x * WARPS + warp_of_thread()) * OUTS;
-    if (first_out >= product.outs) {
+    int parts = product.parts, warp = warp_of_thread(), part = warp % parts;
+    int first_out = (blockIdx.x * (WARPS / parts) + warp / parts) * OUTS;
+    if (TOKENS == 1 && !product.offsets) {
+        // The first weights, while the launch before this ends.
+        int at = (part * 32 + lane_of_thread()) * 8;
+        for (int out = first_out; at < product.cols && out < min(first_out + OUTS, product.outs); out++) {
+            size_t place = out * row_bytes<TYPE>(product.cols) + at / block_elements(TYPE) * block_bytes(TYPE);
+            prefetch(product.weights + place);
+            if (product.second) {
+                prefetch(product.second + place);
+            }
+        }
+    }
+    wait_for_launches_before();
+    if (parts == 1 && first_out >= product.outs) {
         return;
     }
     Rows rows = rows_of(product);
@@ -108,14 +124,27 @@ template <Format TYPE, int TOKENS> __device__ __forceinline__ void linear(const 
         for (int token = 0; token < TOKENS; token++) {
             xs[token] = product.x + place_of(product, min(first + token, rows.end - 1)) * product.x_stride;
         }
-        float sum = multiply<TYPE, TOKENS>(product.weights + matrix, product.outs, product.cols, first_out, xs);
-        float second = 0.0f;
-        if (product.second) {
-            second = multiply<TYPE, TOKENS>(product.second + matrix, product.outs, product.cols, first_out, xs);
+        float sums[2] = {};
+#pragma unroll 1
+        for (int which = 0; which < (product.second ? 2 : 1); which++) {
+            const u8 *weights = which ? product.second : product.weights;
+            sums[which] = multiply<TYPE, TOKENS>(weights + matrix, product.outs, product.cols, first_out, part, parts, xs);
+        }
+        if (parts > 1) {
+            __shared__ float found[2][WARPS][32];
+            __syncthreads();
+            found[0][warp][lane] = sums[0], found[1][warp][lane] = sums[1];
+            __syncthreads();
+            if (part != 0) {
+                continue;
+            }
+            for (int other = 1; other < parts; other++) {
+                sums[0] += found[0][warp + other][lane], sums[1] += found[1][warp + other][lane];
+            }
         }
         int row = first + index % TOKENS;
         if (lane % share == 0 && out < product.outs && row < rows.end) {
-            store_result(product, row, out, result_of(product, row, out, sum, second));
+            store_result(product, row, out, result_of(product, row, out, sums[0], sums[1]));
         }
     }
 }

@@ -7,13 +7,10 @@
 //
 // A row of a stage is four pieces of sixteen bytes. Piece p of row r lies at place p ^ (r / 2 % 4), so that the eight
 // rows which a warp reads at a time lie in different banks.
-//
-// Where there are too few tiles for the device, several blocks share a tile's columns. Each leaves its sums; the last
-// one to arrive adds all up, in the order of columns, and so always to the same result.
 #pragma once
 
 #include "formats.cuh"
-#include "product.cuh"
+#include "tile.cuh"
 
 constexpr int DEPTH = 32;
 constexpr int PIECES = DEPTH / 8;
@@ -26,6 +23,12 @@ template <int TOKENS, int OUTPUTS, int WARPS_T, int WARPS_O, int STAGES_> struct
     static constexpr int down = TOKENS / WARPS_T / 16, across = OUTPUTS / WARPS_O / 8;
     static constexpr int warps_across = WARPS_O;
     static constexpr int stage_halves = (TOKENS + OUTPUTS) * DEPTH;
+
+    // Where a sum lies in shared memory: eight rows lie in different banks.
+    static __device__ __forceinline__ int sum_at(int row, int column) {
+        return row * outputs + (column ^ (row & 7) << 3);
+    }
+
     static_assert(2 * stage_halves * STAGES_ >= 4 * TOKENS * OUTPUTS, "the sums fit into the stages");
     static_assert(TOKENS % (16 * WARPS_T) == 0 && OUTPUTS % (16 * WARPS_O) == 0, "a warp takes whole products");
 };
@@ -140,78 +143,10 @@ template <Format TYPE, class TILE> struct Block {
     }
 };
 
-// Adds up what the blocks that share this tile have summed: whether this block is the last, which then has it all.
-template <class TILE>
-__device__ __forceinline__ bool gather_sums(const Product &product, float (&sums)[TILE::down][TILE::across][4]) {
-    __shared__ u32 before;
-    size_t tile = blockIdx.x + static_cast<size_t>(blockIdx.y) * gridDim.x;
-    constexpr size_t tile_sums = TILE::tokens * TILE::outputs;
-    float *partials = product.partials + tile * gridDim.z * tile_sums + 4 * threadIdx.x;
-    auto place = [&](int block, int i, int j) {
-        return partials + block * tile_sums + static_cast<size_t>(i * TILE::across + j) * 4 * TILE::threads;
-    };
-#pragma unroll
-    for (int i = 0; i < TILE::down; i++) {
-#pragma unroll
-        for (int j = 0; j < TILE::across; j++) {
-            float4 four = {sums[i][j][0], sums[i][j][1], sums[i][j][2], sums[i][j][3]};
-            *reinterpret_cast<float4 *>(place(blockIdx.z, i, j)) = four;
-        }
-    }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        before = atomicAdd(product.arrived + tile, 1u);
-    }
-    __syncthreads();
-    if (before + 1 < gridDim.z) {
-        return false;
-    }
-    __threadfence();
-    if (threadIdx.x == 0) {
-        // For the next launch.
-        product.arrived[tile] = 0;
-    }
-#pragma unroll
-    for (int i = 0; i < TILE::down; i++) {
-#pragma unroll
-        for (int j = 0; j < TILE::across; j++) {
-            float4 all = {0.0f, 0.0f, 0.0f, 0.0f};
-            for (int block = 0; block < static_cast<int>(gridDim.z); block++) {
-                float4 part = __ldcg(reinterpret_cast<const float4 *>(place(block, i, j)));
-                all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;
-            }
-            sums[i][j][0] = all.x, sums[i][j][1] = all.y, sums[i][j][2] = all.z, sums[i][j][3] = all.w;
-        }
-    }
-    return true;
-}
-
-// Where a sum lies in shared memory: eight rows lie in different banks.
-template <class TILE> __device__ __forceinline__ int sum_at(int row, int column) {
-    return row * TILE::outputs + (column ^ (row & 7) << 3);
-}
-
-// Takes two neighbouring outputs of a row in.
-__device__ __forceinline__ void store_pair(const Product &product, int row, int out, float first, float second) {
-    if (out + 1 >= product.outs) {
-        store_result(product, row, out, first);
-        return;
-    }
-    if (product.y) {
-        float *to = product.y + static_cast<size_t>(row) * product.y_stride + out;
-        *reinterpret_cast<float2 *>(to) = float2{first, second};
-    }
-    if (product.y_halves) {
-        u16 *to = product.y_halves + static_cast<size_t>(row) * product.y_halves_stride + out;
-        *reinterpret_cast<u32 *>(to) =
-            product.y_half == HALF_F16 ? halves_of<HALF_F16>(first, second) : halves_of<HALF_BF16>(first, second);
-    }
-}
-
 // Blocks in x are tiles of tokens, in y of outputs; in z experts, or blocks that share a tile.
 template <Format TYPE, class TILE> __device__ __forceinline__ void matmul(const Product &product) {
     DYNAMIC_SHARED(u16, shared);
+    wait_for_launches_before();
     size_t bytes = row_bytes<TYPE>(product.cols);
     size_t matrix = product.offsets ? blockIdx.z * static_cast<size_t>(product.outs) * bytes : 0;
     Block<TYPE, TILE> block = {product, shared, product.weights + matrix,
@@ -263,31 +198,10 @@ template <Format TYPE, class TILE> __device__ __forceinline__ void matmul(const 
 #pragma unroll
         for (int j = 0; j < TILE::across; j++) {
             int row = token + 16 * i + group, column = output + 8 * j + place;
-            *reinterpret_cast<float2 *>(tile + sum_at<TILE>(row, column)) = {sums[i][j][0], sums[i][j][1]};
-            *reinterpret_cast<float2 *>(tile + sum_at<TILE>(row + 8, column)) = {sums[i][j][2], sums[i][j][3]};
+            *reinterpret_cast<float2 *>(tile + TILE::sum_at(row, column)) = {sums[i][j][0], sums[i][j][1]};
+            *reinterpret_cast<float2 *>(tile + TILE::sum_at(row + 8, column)) = {sums[i][j][2], sums[i][j][3]};
         }
     }
     __syncthreads();
-    int pairs = block.outputs() / 2;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < TILE::tokens * pairs; i += TILE::threads) {
-        int row = i / pairs, in_tile = i % pairs * 2;
-        int out = block.first_out + in_tile, last = min(out + 1, product.outs - 1);
-        if (block.first_row + row >= block.rows.end || out >= product.outs) {
-            continue;
-        }
-        int column = product.second ? in_tile / 8 * 16 + in_tile % 8 : in_tile;
-        float2 first_sums = *reinterpret_cast<float2 *>(tile + sum_at<TILE>(row, column)), second_sums = {};
-        if (product.second) {
-            second_sums = *reinterpret_cast<float2 *>(tile + sum_at<TILE>(row, column + 8));
-        }
-        float2 results = first_sums;
-#pragma unroll 1
-        for (int which = 0; which < 2; which++) {
-            float value = result_of(product, block.first_row + row, which ? last : out,
-                                    which ? first_sums.y : first_sums.x, which ? second_sums.y : second_sums.x);
-            which ? results.y = value : results.x = value;
-        }
-        store_pair(product, block.first_row + row, out, results.x, results.y);
-    }
+    store_tile<TILE>(product, block.rows, block.first_row, block.first_out, tile);
 }

@@ -26,16 +26,20 @@ __device__ __forceinline__ Normed normed_row(float *y, int y_stride, u16 *halves
 // Divides by the root mean square of the group and multiplies by `weight + offset`.
 KERNEL(rms_norm, const float *x, int x_stride, const float *weight, float *y, int y_stride, int group, float eps,
        float offset, u16 *halves, int halves_stride, int half) {
+    wait_for_launches_before();
     __shared__ float partial[32];
     const float *from = x + static_cast<size_t>(blockIdx.x) * x_stride + static_cast<size_t>(blockIdx.y) * group;
     Normed to = normed_row(y, y_stride, halves, halves_stride, half);
     int first = blockIdx.y * group;
+    // Unrolled, so that loads don't wait for each other.
     float squares = 0.0f;
+#pragma unroll 8
     for (int col = threadIdx.x; col < group; col += blockDim.x) {
         squares = fmaf(from[col], from[col], squares);
     }
     squares = block_sum(squares, partial);
     float scale = 1.0f / sqrtf(squares / group + eps);
+#pragma unroll 8
     for (int col = threadIdx.x; col < group; col += blockDim.x) {
         to.store(first + col, from[col] * scale * (weight[col] + offset));
     }
@@ -44,20 +48,24 @@ KERNEL(rms_norm, const float *x, int x_stride, const float *weight, float *y, in
 // Subtracts the mean, divides by the standard deviation, times weight, plus bias where there is one.
 KERNEL(layer_norm, const float *x, int x_stride, const float *weight, const float *bias, float *y, int y_stride,
        int cols, float eps, u16 *halves, int halves_stride, int half) {
+    wait_for_launches_before();
     __shared__ float partial[32];
     const float *from = x + static_cast<size_t>(blockIdx.x) * x_stride;
     Normed to = normed_row(y, y_stride, halves, halves_stride, half);
     float sum = 0.0f;
+#pragma unroll 8
     for (int col = threadIdx.x; col < cols; col += blockDim.x) {
         sum += from[col];
     }
     float mean = block_sum(sum, partial) / cols;
     float squares = 0.0f;
+#pragma unroll 8
     for (int col = threadIdx.x; col < cols; col += blockDim.x) {
         float distance = from[col] - mean;
         squares = fmaf(distance, distance, squares);
     }
     float scale = 1.0f / sqrtf(block_sum(squares, partial) / cols + eps);
+#pragma unroll 8
     for (int col = threadIdx.x; col < cols; col += blockDim.x) {
         to.store(col, (from[col] - mean) * scale * weight[col] + (bias ? bias[col] : 0.0f));
     }

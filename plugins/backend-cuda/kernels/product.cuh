@@ -30,7 +30,9 @@ struct Product {
     int tokens, outs, cols;
     int activation, by_pair;
     // Whether halves are F16 or BF16.
-    int y_half, reserved;
+    int y_half;
+    // Warps that share columns out, in kernels that aren't on tensor cores.
+    int parts;
 };
 
 // The rows of x that a block's matrix is multiplied with: all, or those of an expert.

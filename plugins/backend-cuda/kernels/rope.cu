@@ -5,6 +5,7 @@
 
 // Cosine and sine of each token's position times each frequency, side by side.
 KERNEL(rope_angles, const u32 *positions, const double *frequencies, int pairs, float magnitude, float *angles) {
+    wait_for_launches_before();
     double position = positions[blockIdx.x];
     float *to = angles + static_cast<size_t>(blockIdx.x) * 2 * pairs;
     for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
@@ -17,6 +18,7 @@ KERNEL(rope_angles, const u32 *positions, const double *frequencies, int pairs, 
 // Turns each head.
 KERNEL(rope, const float *x, int x_stride, const float *angles, int pairs, int head_dim, int interleaved, float *y,
        int y_stride, int cols) {
+    wait_for_launches_before();
     const float *from = x + static_cast<size_t>(blockIdx.x) * x_stride;
     const float *turns = angles + static_cast<size_t>(blockIdx.x) * 2 * pairs;
     float *to = y + static_cast<size_t>(blockIdx.x) * y_stride;

@@ -8,6 +8,7 @@ constexpr int SCORING_SOFTMAX = 0;
 // the lower expert, and a NaN counts as higher than any number.
 KERNEL(route, const float *x, int x_stride, float *y, int y_stride, int experts, int top_k, int scoring,
        int renormalize, float by) {
+    wait_for_launches_before();
     const float *logits = x + static_cast<size_t>(blockIdx.x) * x_stride;
     float *weights = y + static_cast<size_t>(blockIdx.x) * y_stride;
     int lane = lane_of_thread();
@@ -54,6 +55,7 @@ KERNEL(route, const float *x, int x_stride, float *y, int y_stride, int experts,
 // warps write the lists. Expert e has the pairs `offsets[e]` to `offsets[e + 1]` in the order of rows; `pairs` says of
 // each row and expert which pair it is.
 KERNEL(expert_lists, const float *routing, int stride, int tokens, int experts, u32 *offsets, u32 *rows, u32 *pairs) {
+    wait_for_launches_before();
     int lane = lane_of_thread(), warps = blockDim.x >> 5;
     for (int expert = warp_of_thread(); expert < experts; expert += warps) {
         u32 count = 0;
@@ -92,6 +94,7 @@ KERNEL(expert_lists, const float *routing, int stride, int tokens, int experts, 
 // The weighted sum of what a row's experts gave, in the order of experts.
 KERNEL(experts_sum, const float *routing, int routing_stride, const u32 *pairs, int experts, const float *x,
        int x_stride, float *y, int y_stride, int cols) {
+    wait_for_launches_before();
     const float *shares = routing + static_cast<size_t>(blockIdx.x) * routing_stride;
     const u32 *mine = pairs + static_cast<size_t>(blockIdx.x) * experts;
     float *to = y + static_cast<size_t>(blockIdx.x) * y_stride;

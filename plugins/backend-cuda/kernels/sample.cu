@@ -1,5 +1,6 @@
 // From a row of logits to what a want asks for. The reference is `setu_core::sampling`: the same steps in the
-// same order, and double precision where it has it. A block answers one want.
+// same order. Likelihoods are whole numbers here, in units of the likeliest token's 2^-42: see search.cuh. A block answers
+// one want.
 
 #include "search.cuh"
 #include "slot.cuh"
@@ -35,12 +36,15 @@ __device__ __forceinline__ double uniform(u64 seed, u64 position) {
     return static_cast<double>(bits) / 9007199254740992.0;
 }
 
+// Whether anything but the temperature changes the logits of a slot.
+__device__ __forceinline__ bool is_processed(const Slot &slot, const u32 *mask) {
+    return slot.biased || slot.has_penalties || (slot.generated < slot.min_tokens && slot.suppressed) || mask;
+}
+
 // Writes the logits as bias, penalties, suppression and mask change them to `out`.
 __device__ __forceinline__ void process(const Slot &slot, const u32 *seen, const u32 *mask, const float *logits, int vocab,
                         float *out) {
-    for (int token = threadIdx.x; token < vocab; token += blockDim.x) {
-        out[token] = logits[token];
-    }
+    each_token(logits, vocab, [&](int token, float logit) { out[token] = logit; });
     __syncthreads();
     if (threadIdx.x == 0) {
         // One after the other, since a token may be named twice.
@@ -87,8 +91,7 @@ __device__ __forceinline__ void process(const Slot &slot, const u32 *seen, const
 // The highest logit's token, the lowest of several; none where a logit is NaN or none is over −∞.
 __device__ __forceinline__ u32 argmax(const float *logits, int vocab, u64 *partial) {
     u64 best = 0;
-    for (int token = threadIdx.x; token < vocab; token += blockDim.x) {
-        float logit = logits[token];
+    each_token(logits, vocab, [&](int token, float logit) {
         if (logit != logit) {
             best = ~0ull;
         } else if (logit > -INFINITY_F) {
@@ -96,95 +99,126 @@ __device__ __forceinline__ u32 argmax(const float *logits, int vocab, u64 *parti
             u64 entry = static_cast<u64>(ordered(logit + 0.0f)) << 32 | (NO_TOKEN - token);
             best = entry > best ? entry : best;
         }
-    }
+    });
     best = block_max(best, partial, u64(0));
     return best == 0 || best == ~0ull ? NO_TOKEN : NO_TOKEN - static_cast<u32>(best);
 }
 
+// The weight of the likeliest token. The sum of a vocabulary's is far below 2^64.
+constexpr float HIGHEST_WEIGHT = 4398046511104.0f;
+// Bins of a natural logarithm's unit that a search begins with.
+constexpr float BINS_PER_NAT = 8.0f;
+
+// The part of a sum of weights, in whole numbers from 1 to the sum.
+__device__ __forceinline__ u64 part_of(double share, u64 sum, bool over) {
+    double part = share * static_cast<double>(sum);
+    u64 whole = over ? static_cast<u64>(part) + 1 : static_cast<u64>(ceil(part));
+    return whole < 1 ? 1 : whole < sum ? whole : sum;
+}
+
 // Samples from processed logits.
-__device__ __forceinline__ u32 sample(const Slot &slot, const float *logits, int vocab, u64 position, double *partial,
-                      u64 *partial_bits) {
-    u32 best = argmax(logits, vocab, partial_bits);
+__device__ __forceinline__ u32 sample(const Slot &slot, const float *logits, int vocab, u64 position, Search &search) {
+    u32 best = argmax(logits, vocab, search.partial);
     if (best == NO_TOKEN || slot.temperature == 0.0f || slot.top_k == 1) {
         return best;
     }
-    float highest = logits[best];
-    double inverse = 1.0 / static_cast<double>(slot.temperature);
-    auto likelihood = [&](int token) { return exp(static_cast<double>(logits[token] - highest) * inverse); };
+    float highest = logits[best], inverse = fminf(1.0f / slot.temperature, 1e30f);
+    auto likelihood = [&](int, float logit) {
+        return static_cast<u64>(expf((logit - highest) * inverse) * HIGHEST_WEIGHT);
+    };
     double random = uniform(slot.seed, position);
     bool filtered = slot.top_k != 0 || slot.top_p < 1.0f || slot.min_p > 0.0f || slot.typical_p < 1.0f;
     if (!filtered) {
         // The order is that of tokens.
-        double total = vocabulary_sum(vocab, partial, likelihood);
-        auto rank = [](int) { return 0ull; };
-        return find_cut(vocab, partial, 0, rank, likelihood, random * total, true).token;
+        u64 total = weight_sum(logits, vocab, search, likelihood);
+        return find_token(logits, vocab, search, part_of(random, total, true), likelihood);
     }
 
     // The order is that of logits, the highest first.
-    auto rank = [&](int token) { return static_cast<u64>(~ordered(logits[token])); };
+    auto key = [&](int, float logit) { return highest - logit; };
+    float per_unit = BINS_PER_NAT * inverse;
     Cut by_count = keep_all();
     if (slot.top_k != 0) {
-        auto counts = [&](int token) { return logits[token] > -INFINITY_F ? 1.0 : 0.0; };
-        by_count = find_cut(vocab, partial, 32, rank, counts, static_cast<double>(slot.top_k), false);
+        auto counts = [&](int, float logit) { return logit > -INFINITY_F ? u64(1) : u64(0); };
+        u64 all = weight_sum(logits, vocab, search, counts);
+        by_count = find_cut(logits, vocab, search, slot.top_k < all ? slot.top_k : all, per_unit, key, counts);
     }
-    auto counted = [&](int token) { return by_count.keeps(rank(token), token) ? likelihood(token) : 0.0; };
+    auto counted = [&](int token, float logit) {
+        return by_count.keeps(__float_as_uint(key(token, logit)), token) ? likelihood(token, logit) : 0;
+    };
 
     // Typical: the order is that of the distance between a token's surprise and the entropy.
     Cut by_surprise = keep_all();
     double total = 0.0, entropy = 0.0;
-    auto surprise = [&](int token) { return -log(fmax(counted(token) / total, 2.2250738585072014e-308)); };
-    auto distance = [&](int token) {
-        return static_cast<u64>(__double_as_longlong(fabs(surprise(token) - entropy)));
+    auto surprise = [&](u64 weight) { return -log(fmax(static_cast<double>(weight) / total, 2.2250738585072014e-308)); };
+    auto distance = [&](int token, float logit) {
+        return static_cast<float>(fabs(surprise(counted(token, logit)) - entropy));
     };
     if (slot.typical_p < 1.0f) {
-        total = vocabulary_sum(vocab, partial, counted);
-        entropy = vocabulary_sum(vocab, partial,
-                                 [&](int token) { return counted(token) / total * surprise(token); });
-        by_surprise = find_cut(vocab, partial, 64, distance, counted, static_cast<double>(slot.typical_p) * total, false);
+        u64 sum = weight_sum(logits, vocab, search, counted);
+        total = static_cast<double>(sum);
+        double terms = 0.0;
+        each_token(logits, vocab, [&](int token, float logit) {
+            u64 weight = counted(token, logit);
+            terms += static_cast<double>(weight) / total * surprise(weight);
+        });
+        entropy = block_sum(terms, reinterpret_cast<double *>(search.partial));
+        u64 wanted = part_of(slot.typical_p, sum, false);
+        by_surprise = find_cut(logits, vocab, search, wanted, BINS_PER_NAT, distance, counted);
     }
-    auto typical = [&](int token) {
-        double weight = counted(token);
-        bool kept = weight > 0.0 && (slot.typical_p >= 1.0f || by_surprise.keeps(distance(token), token));
-        return kept ? weight : 0.0;
+    auto typical = [&](int token, float logit) {
+        u64 weight = counted(token, logit);
+        bool kept = weight && (slot.typical_p >= 1.0f ||
+                               by_surprise.keeps(__float_as_uint(distance(token, logit)), token));
+        return kept ? weight : 0;
     };
 
     Cut by_share = keep_all();
     if (slot.top_p < 1.0f) {
-        double kept = vocabulary_sum(vocab, partial, typical);
-        by_share = find_cut(vocab, partial, 32, rank, typical, static_cast<double>(slot.top_p) * kept, false);
+        u64 wanted = part_of(slot.top_p, weight_sum(logits, vocab, search, typical), false);
+        by_share = find_cut(logits, vocab, search, wanted, per_unit, key, typical);
     }
-    auto shared = [&](int token) { return by_share.keeps(rank(token), token) ? typical(token) : 0.0; };
-
-    double least = 0.0;
-    if (slot.min_p > 0.0f) {
-        double likeliest = 0.0;
-        for (int token = threadIdx.x; token < vocab; token += blockDim.x) {
-            likeliest = fmax(likeliest, shared(token));
-        }
-        least = static_cast<double>(slot.min_p) * block_max(likeliest, partial, 0.0);
-    }
-    auto kept = [&](int token) {
-        double weight = shared(token);
-        return weight >= least ? weight : 0.0;
+    auto shared = [&](int token, float logit) {
+        return by_share.keeps(__float_as_uint(key(token, logit)), token) ? typical(token, logit) : 0;
     };
-    double target = random * vocabulary_sum(vocab, partial, kept);
-    return find_cut(vocab, partial, 32, rank, kept, target, true).token;
+
+    u64 least = 0;
+    if (slot.min_p > 0.0f) {
+        u64 likeliest = 0;
+        each_token(logits, vocab, [&](int token, float logit) {
+            u64 weight = shared(token, logit);
+            likeliest = weight > likeliest ? weight : likeliest;
+        });
+        likeliest = block_max(likeliest, search.partial, u64(0));
+        least = static_cast<u64>(ceil(static_cast<double>(slot.min_p) * static_cast<double>(likeliest)));
+    }
+    auto kept = [&](int token, float logit) {
+        u64 weight = shared(token, logit);
+        return weight >= least ? weight : 0;
+    };
+    u64 wanted = part_of(random, weight_sum(logits, vocab, search, kept), true);
+    return find_cut(logits, vocab, search, wanted, per_unit, key, kept).token;
 }
 
 KERNEL_OF(512, answer, const Want *wants, Slot *slots, u32 *seen, const u32 *masks, const float *logits, int stride,
           int vocab, float *scratch, u32 *tokens, float *logprobs, u32 *top_tokens, float *top_logprobs,
           int top_stride) {
-    __shared__ double partial[32];
-    __shared__ u64 partial_bits[32];
+    wait_for_launches_before();
+    __shared__ Search search;
     Want want = wants[blockIdx.x];
     const float *row = logits + static_cast<size_t>(blockIdx.x) * stride;
     u32 token = NO_TOKEN;
     if (want.flags & WANT_SAMPLE) {
         Slot slot = slots[want.slot];
-        float *processed = scratch + static_cast<size_t>(blockIdx.x) * stride;
+        const float *processed = row;
         u32 *history = seen + static_cast<size_t>(want.slot) * vocab;
-        process(slot, history, want.flags & WANT_MASKED ? masks + want.mask : nullptr, row, vocab, processed);
-        token = sample(slot, processed, vocab, want.position, partial, partial_bits);
+        const u32 *mask = want.flags & WANT_MASKED ? masks + want.mask : nullptr;
+        if (is_processed(slot, mask)) {
+            float *changed = scratch + static_cast<size_t>(blockIdx.x) * stride;
+            process(slot, history, mask, row, vocab, changed);
+            processed = changed;
+        }
+        token = sample(slot, processed, vocab, want.position, search);
         if (threadIdx.x == 0) {
             tokens[blockIdx.x] = token;
             if (token != NO_TOKEN) {
@@ -200,13 +234,13 @@ KERNEL_OF(512, answer, const Want *wants, Slot *slots, u32 *seen, const u32 *mas
     if (!reports && want.top == 0) {
         return;
     }
+    double *partial = reinterpret_cast<double *>(search.partial);
     float highest = -INFINITY_F;
-    for (int at = threadIdx.x; at < vocab; at += blockDim.x) {
-        highest = fmaxf(highest, row[at]);
-    }
+    each_token(row, vocab, [&](int, float logit) { highest = fmaxf(highest, logit); });
     highest = static_cast<float>(block_max(static_cast<double>(highest), partial, -static_cast<double>(INFINITY_F)));
-    double sum = vocabulary_sum(vocab, partial, [&](int at) { return exp(static_cast<double>(row[at] - highest)); });
-    double total = static_cast<double>(highest) + log(sum);
+    double sum = 0.0;
+    each_token(row, vocab, [&](int, float logit) { sum += static_cast<double>(expf(logit - highest)); });
+    double total = static_cast<double>(highest) + log(block_sum(sum, partial));
     if (reports && threadIdx.x == 0) {
         logprobs[blockIdx.x] = static_cast<float>(static_cast<double>(row[scores ? want.target : token]) - total);
     }
@@ -214,13 +248,13 @@ KERNEL_OF(512, answer, const Want *wants, Slot *slots, u32 *seen, const u32 *mas
     u64 before = ~0ull;
     for (u32 place = 0; place < want.top; place++) {
         u64 next = 0;
-        for (int at = threadIdx.x; at < vocab; at += blockDim.x) {
-            u64 entry = static_cast<u64>(ordered(row[at])) << 32 | (NO_TOKEN - at);
+        each_token(row, vocab, [&](int at, float logit) {
+            u64 entry = static_cast<u64>(ordered(logit)) << 32 | (NO_TOKEN - at);
             if (entry < before && entry > next) {
                 next = entry;
             }
-        }
-        before = block_max(next, partial_bits, u64(0));
+        });
+        before = block_max(next, search.partial, u64(0));
         if (threadIdx.x == 0) {
             u32 best = NO_TOKEN - static_cast<u32>(before);
             size_t at = static_cast<size_t>(blockIdx.x) * top_stride + place;

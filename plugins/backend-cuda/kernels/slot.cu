@@ -5,6 +5,7 @@
 // What a slot has seen is a word for each token of the vocabulary: twice the times that it is in the output,
 // plus one if it is in the prompt. Kept only where a penalty reads it.
 KERNEL(slot_open, const OpenedSlot *opened, const u32 *pairs, Slot *slots, u32 *seen, int vocab) {
+    wait_for_launches_before();
     const OpenedSlot *open = opened + blockIdx.x;
     if (threadIdx.x == 0) {
         slots[open->number] = open->slot;
@@ -26,6 +27,7 @@ KERNEL(slot_open, const OpenedSlot *opened, const u32 *pairs, Slot *slots, u32 *
 // A row whose token couldn't be sampled is given up by the engine; until then any token will do. Entries that name no
 // want fill the list up.
 KERNEL(carry, const u32 *carries, int count, const u32 *sampled, u32 *tokens) {
+    wait_for_launches_before();
     int index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index < count && carries[2 * index + 1] != ~0u) {
         u32 token = sampled[carries[2 * index + 1]];

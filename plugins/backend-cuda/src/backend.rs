@@ -117,6 +117,6 @@ impl Backend for CudaBackend {
         let _modules = kernels.into_modules();
         let device = device.clone();
         let parts = Parts { device, plan, pages, slots, scratch, kernels: step_kernels, limits, weights, _modules };
-        Ok(Box::new(CudaExecutable::new(parts)?))
+        Ok(Box::new(CudaExecutable::new(parts, self.config.overlap)?))
     }
 }

@@ -19,6 +19,12 @@ pub struct CudaConfig {
     /// Has steps in which all sessions decode launched as one graph, captured at start for each size of batch.
     #[config(default = true)]
     pub graphs: bool,
+    /// Computes products of many rows with the kernels for any GPU, where there are ones for this GPU's tensor cores.
+    #[config(default = false)]
+    pub portable: bool,
+    /// Lets a kernel start while the one before it ends, where the GPU can (Hopper and later).
+    #[config(default = true)]
+    pub overlap: bool,
     /// The NVRTC library to compile kernels with; without it, it is looked for in the usual places.
     pub nvrtc: Option<PathBuf>,
     /// Folder where compiled kernels are kept; without it, `kernels` in Setu's cache.

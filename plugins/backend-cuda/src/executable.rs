@@ -179,12 +179,13 @@ impl Lane {
 }
 
 impl CudaExecutable {
-    pub fn new(parts: Parts) -> Result<CudaExecutable> {
+    pub fn new(parts: Parts, overlap: bool) -> Result<CudaExecutable> {
         let device = &parts.device;
+        let stream = device.stream()?;
         let mut executable = CudaExecutable {
             graphs: HashMap::new(),
             lanes: [Lane::new(device)?, Lane::new(device)?],
-            stream: device.stream()?,
+            stream: if overlap { stream.overlapping()? } else { stream },
             open: VecDeque::new(),
             submitted: 0,
             open_slots: vec![false; parts.limits.slots],

@@ -74,7 +74,7 @@ impl Device {
     pub fn stream(&self) -> Result<Stream> {
         self.bind()?;
         let raw = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("a stream"))?;
-        Ok(Stream { device: self.clone(), raw })
+        Ok(Stream { device: self.clone(), raw, overlaps: false })
     }
 
     pub fn event(&self) -> Result<Event> {
@@ -143,12 +143,21 @@ impl Drop for Memory {
 pub struct Stream {
     device: Device,
     raw: sys::CUstream,
+    /// Whether a kernel may start while the one before it ends: it waits by itself, see `kernels/common.cuh`.
+    overlaps: bool,
 }
 
 // SAFETY: the driver's streams may be used from any thread.
 unsafe impl Send for Stream {}
 
 impl Stream {
+    /// Lets kernels start while the ones before them end, where device and driver can do that.
+    pub fn overlapping(mut self) -> Result<Stream> {
+        // Graphs take such launches in from CUDA 12.3 on.
+        self.overlaps = self.device.capability()?.0 >= 9 && crate::probe::version() >= (12, 3);
+        Ok(self)
+    }
+
     /// The driver's handle, for libraries that queue work by themselves.
     pub fn raw(&self) -> *mut c_void {
         self.raw.cast()
@@ -198,10 +207,28 @@ impl Stream {
     /// within allocated memory.
     pub unsafe fn launch(&self, kernel: &Kernel, shape: Shape, arguments: &Arguments) -> Result<()> {
         let mut places: Vec<*mut c_void> = arguments.places().collect();
-        let (grid, block) = (shape.grid, (shape.threads, 1, 1));
-        // SAFETY: as the caller vouches; the driver copies the arguments before it returns.
-        unsafe { result::launch_kernel(kernel.raw, grid, block, shape.shared_bytes, self.raw, &mut places) }
-            .map_err(failed(format!("the kernel {} in {grid:?} blocks of {}", kernel.name, shape.threads)))
+        let (grid, threads) = (shape.grid, shape.threads);
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0,
+            gridDimY: grid.1,
+            gridDimZ: grid.2,
+            blockDimX: threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shape.shared_bytes,
+            hStream: self.raw,
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlaps),
+        };
+        // SAFETY: as the caller vouches; the driver copies configuration and arguments before it returns.
+        unsafe { sys::cuLaunchKernelEx(&raw const config, kernel.raw, places.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(failed(format!("the kernel {} in {grid:?} blocks of {threads}", kernel.name)))
     }
 
     /// Has what `queue` queues be kept as a graph instead of run.

@@ -25,6 +25,7 @@ const HEADERS: &[(&str, &str)] = files![
     "common.cuh",
     "formats.cuh",
     "half.cuh",
+    "hopper.cuh",
     "linear.cuh",
     "matmul.cuh",
     "product.cuh",
@@ -32,6 +33,8 @@ const HEADERS: &[(&str, &str)] = files![
     "search.cuh",
     "slot.cuh",
     "tensor.cuh",
+    "tile.cuh",
+    "wgmma.cuh",
 ];
 
 const SOURCES: &[(&str, &str)] = files![
@@ -40,6 +43,7 @@ const SOURCES: &[(&str, &str)] = files![
     "decode.cu",
     "elementwise.cu",
     "embed.cu",
+    "hopper.cu",
     "linear.cu",
     "matmul.cu",
     "norm.cu",
@@ -50,6 +54,9 @@ const SOURCES: &[(&str, &str)] = files![
     "sample.cu",
     "slot.cu",
 ];
+
+/// The architecture whose tensor cores `hopper.cu` is for: with the `a`, what later ones don't have.
+const HOPPER: &str = "sm_90a";
 
 /// What the emulated driver calls its device. It has the kernels compiled in.
 const EMULATED: &str = "cuemu";
@@ -73,7 +80,7 @@ impl Unit {
                 "decode" | "prefill" => &[DType::F16, DType::BF16],
                 "embed" | "linear" => &DType::ALL,
                 // Tensor cores take all but the first, F32.
-                "matmul" => &DType::ALL[1..],
+                "hopper" | "matmul" => &DType::ALL[1..],
                 _ => &[],
             };
             units.extend(formats.iter().map(|&format| Unit { file, format: Some(format) }));
@@ -82,6 +89,11 @@ impl Unit {
             }
         }
         units
+    }
+
+    /// Whether it compiles for an architecture: what is for the tensor cores of one does for no other.
+    pub fn is_for(self, architecture: &str) -> bool {
+        self.file != "hopper" || architecture == HOPPER
     }
 
     fn source(self) -> Result<Source<'static>> {
@@ -139,6 +151,7 @@ pub struct Kernels {
     device: Device,
     architecture: String,
     emulated: bool,
+    portable: bool,
     nvrtc: Option<Nvrtc>,
     nvrtc_path: Option<PathBuf>,
     cache: Option<PathBuf>,
@@ -156,8 +169,9 @@ impl Kernels {
         }
         Ok(Kernels {
             device: device.clone(),
-            architecture: format!("sm_{major}{minor}"),
+            architecture: if (major, minor) == (9, 0) { HOPPER.to_owned() } else { format!("sm_{major}{minor}") },
             emulated: device.name()?.starts_with(EMULATED),
+            portable: config.portable,
             nvrtc: None,
             nvrtc_path: config.nvrtc.clone(),
             cache: config.kernel_cache.clone().or_else(default_cache),
@@ -177,6 +191,11 @@ impl Kernels {
         }
         let full_name = unit.format.map_or_else(|| name.to_owned(), |format| format!("{name}_{}", format.name()));
         self.modules[&unit].kernel(&full_name)
+    }
+
+    /// Whether products of many rows are those of `hopper.cu`.
+    pub fn is_hopper(&self) -> bool {
+        self.architecture == HOPPER && !self.emulated && !self.portable
     }
 
     /// The modules, which the kernels that were given out need.

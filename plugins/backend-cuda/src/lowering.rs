@@ -15,7 +15,9 @@ use crate::kernels::{self, Kernels};
 use crate::layout::Layout;
 use crate::ops::{self, Op, Operand};
 use crate::plan::{PARTIALS_BYTES, PendingAttention};
-use crate::product::{ExpertRows, Half, Halves, Output, Product, ProductKernels, Shares, TILES};
+use crate::product::{
+    Dense, ExpertRows, HOPPER_TILES, Half, Halves, Output, PORTABLE_TILES, Product, ProductKernels, Shares,
+};
 use crate::step::Tiling;
 use crate::storage::stride;
 use crate::weights::Weights;
@@ -199,12 +201,14 @@ impl Lowering<'_, '_> {
         let dense = if self.batch_invariant || Half::of(dtype, cols).is_none() {
             None
         } else {
-            let unit = kernels::Unit { file: "matmul", format: Some(dtype) };
-            let [narrow, middle, wide] = TILES.map(|tile| {
-                let kernel = self.kernels.get(unit, &format!("matmul_{}", tile.name))?;
+            let (file, tiles) =
+                if self.kernels.is_hopper() { ("hopper", HOPPER_TILES) } else { ("matmul", PORTABLE_TILES) };
+            let unit = kernels::Unit { file, format: Some(dtype) };
+            let kernels = tiles.iter().map(|tile| {
+                let kernel = self.kernels.get(unit, &format!("{file}_{}", tile.name))?;
                 kernel.allow_shared(tile.shared_bytes()).map(|()| kernel)
             });
-            Some([narrow?, middle?, wide?])
+            Some(Dense { tiles, kernels: kernels.collect::<Result<_>>()? })
         };
         Ok(ProductKernels { one: one?, few: few?, many: many?, dense })
     }

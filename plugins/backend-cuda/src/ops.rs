@@ -154,7 +154,7 @@ pub enum Op {
 
 /// Threads for `items` that are independent.
 pub fn threads_for(items: usize) -> usize {
-    items.next_multiple_of(32).clamp(32, 256)
+    items.next_multiple_of(32).clamp(32, 512)
 }
 
 /// A block for each row.

@@ -122,7 +122,9 @@ pub fn lower(
     let tokens = options.max_tokens as usize;
     let logits = graph.output("logits").ok_or_else(|| Error::contract("the graph has no output called `logits`"))?;
     let units = fuse::units(graph, &|id| weights.dtype(id));
-    kernels.prepare(&needed(graph, &units, weights, options.kv_dtype, batch_invariant))?;
+    let dense = if kernels.is_hopper() { "hopper" } else { "matmul" };
+    let dense = Some(dense).filter(|_| !batch_invariant);
+    kernels.prepare(&needed(graph, &units, weights, options.kv_dtype, dense))?;
     let layout = Layout::new(graph, &units, &|unit| half_of(graph, weights, unit).filter(|_| !batch_invariant));
     let mut lowering = Lowering {
         device,
@@ -155,13 +157,13 @@ pub fn lower(
     Ok(Unpaged { plan, attention, shared_bytes: device.shared_bytes()? })
 }
 
-/// The kernels that a graph is sure to need and that take long to compile.
+/// The kernels that a graph is sure to need and that take long to compile; `dense` are those for products on tensor cores.
 fn needed(
     graph: &Graph,
     units: &[Unit<'_>],
     weights: &Weights<'_>,
     kv_dtype: DType,
-    batch_invariant: bool,
+    dense: Option<&'static str>,
 ) -> Vec<kernels::Unit> {
     let mut needed = Vec::new();
     let mut add = |file: &'static str, format: Option<DType>| {
@@ -181,14 +183,14 @@ fn needed(
         for id in ids {
             let (dtype, cols) = (weights.dtype(id), graph.weight(id).shape.last().copied().unwrap_or(0));
             add("linear", Some(dtype));
-            if !batch_invariant && Half::of(dtype, cols).is_some() {
-                add("matmul", Some(dtype));
+            if let Some(file) = dense.filter(|_| Half::of(dtype, cols).is_some()) {
+                add(file, Some(dtype));
             }
         }
     }
     if kv_dtype.is_float() && !graph.kv_layers.is_empty() {
         add("attention", Some(kv_dtype));
-        if !batch_invariant && kv_dtype != DType::F32 {
+        if dense.is_some() && kv_dtype != DType::F32 {
             add("prefill", Some(kv_dtype));
             add("decode", Some(kv_dtype));
         }

@@ -13,8 +13,12 @@ use crate::ops::{Operand, Pass};
 /// Most rows that don't go to tensor cores.
 pub const FEW_ROWS: usize = 4;
 
-/// Outputs that a block of the kernels in `linear.cu` computes.
-const LINEAR_OUTS: usize = 16;
+/// Outputs that a warp of the kernels in `linear.cu` computes, warps of a block, and columns that one takes at a time.
+const LINEAR_OUTS: usize = 4;
+const LINEAR_WARPS: usize = 4;
+const LINEAR_COLS: usize = 256;
+/// Warps whose loads keep a multiprocessor's share of memory busy.
+const BUSY_WARPS: usize = 24;
 /// Blocks in y of those kernels where there are experts: an expert's rows go round them.
 const EXPERT_BLOCKS: usize = 8;
 
@@ -73,11 +77,18 @@ pub struct ProductKernels {
     pub one: Kernel,
     pub few: Kernel,
     pub many: Kernel,
-    /// In the order of [`TILES`].
-    pub dense: Option<[Kernel; 3]>,
+    pub dense: Option<Dense>,
 }
 
-/// A tile of the kernels in `matmul.cu`.
+/// Those on tensor cores.
+#[derive(Clone, Debug)]
+pub struct Dense {
+    pub tiles: &'static [Tile],
+    /// In the order of the tiles.
+    pub kernels: Vec<Kernel>,
+}
+
+/// A tile of the kernels in `matmul.cu` or `hopper.cu`.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile {
     pub name: &'static str,
@@ -85,24 +96,35 @@ pub struct Tile {
     pub outputs: usize,
     threads: usize,
     stages: usize,
+    /// Columns of a stage.
+    depth: usize,
     /// Blocks that a multiprocessor has room for.
     blocks: usize,
 }
 
-pub const TILES: [Tile; 3] = [
-    Tile { name: "narrow", tokens: 16, outputs: 64, threads: 128, stages: 6, blocks: 4 },
-    Tile { name: "middle", tokens: 64, outputs: 64, threads: 128, stages: 4, blocks: 3 },
-    Tile { name: "wide", tokens: 128, outputs: 128, threads: 256, stages: 4, blocks: 2 },
+/// Those of `matmul.cu`, by tokens.
+pub const PORTABLE_TILES: &[Tile] = &[
+    Tile { name: "narrow", tokens: 16, outputs: 64, threads: 128, stages: 6, depth: 32, blocks: 4 },
+    Tile { name: "middle", tokens: 64, outputs: 64, threads: 128, stages: 4, depth: 32, blocks: 3 },
+    Tile { name: "wide", tokens: 128, outputs: 128, threads: 256, stages: 4, depth: 32, blocks: 2 },
 ];
 
-/// Columns of a stage.
-const DEPTH: usize = 32;
-/// Fewest stages that are worth a block of their own.
-const LEAST_STAGES: usize = 8;
+/// Those of `hopper.cu`.
+pub const HOPPER_TILES: &[Tile] = &[
+    Tile { name: "slim", tokens: 16, outputs: 64, threads: 128, stages: 8, depth: 64, blocks: 2 },
+    Tile { name: "small", tokens: 64, outputs: 128, threads: 256, stages: 4, depth: 64, blocks: 2 },
+    Tile { name: "even", tokens: 128, outputs: 128, threads: 256, stages: 6, depth: 64, blocks: 1 },
+    Tile { name: "large", tokens: 256, outputs: 128, threads: 256, stages: 4, depth: 64, blocks: 1 },
+];
+
+/// Fewest columns that are worth a block of their own.
+const LEAST_COLS: usize = 256;
+/// What tiles of `hopper.cu` begin at multiples of, in bytes.
+const ALIGNMENT: usize = 1024;
 
 impl Tile {
     pub fn shared_bytes(&self) -> usize {
-        2 * (self.tokens + self.outputs) * DEPTH * self.stages
+        2 * (self.tokens + self.outputs) * self.depth * self.stages + ALIGNMENT
     }
 
     fn tiles(&self, rows: usize, outputs: usize) -> usize {
@@ -123,28 +145,31 @@ impl Shares {
     /// Floats that the device's blocks leave at most.
     pub fn floats(multiprocessors: usize) -> usize {
         let most = |tile: &Tile| tile.blocks * tile.tokens * tile.outputs;
-        multiprocessors * TILES.iter().map(most).max().unwrap_or(0)
+        multiprocessors * PORTABLE_TILES.iter().chain(HOPPER_TILES).map(most).max().unwrap_or(0)
     }
 
     /// Tiles that are shared at most.
     pub fn counters(multiprocessors: usize) -> usize {
-        multiprocessors * TILES.iter().map(|tile| tile.blocks).max().unwrap_or(0)
+        multiprocessors * PORTABLE_TILES.iter().chain(HOPPER_TILES).map(|tile| tile.blocks).max().unwrap_or(0)
     }
 }
 
-/// The tile for a product, by its place in [`TILES`], and how many blocks share one.
-fn choose(rows: usize, outputs: usize, cols: usize, multiprocessors: usize) -> (usize, usize) {
-    let tile = match rows {
-        0..=16 => 0,
-        17..=64 => 1,
-        // Large tiles pass over memory less often, if there are enough of them.
-        _ if TILES[2].tiles(rows, outputs) >= multiprocessors => 2,
-        _ => 1,
-    };
-    let Tile { blocks, .. } = TILES[tile];
-    let most = cols.div_ceil(DEPTH) / LEAST_STAGES;
-    let shares = blocks * multiprocessors / TILES[tile].tiles(rows, outputs).max(1);
-    (tile, shares.clamp(1, most.max(1)))
+/// Which of `tiles` is for a product, and how many blocks share one.
+fn choose(tiles: &[Tile], rows: usize, outputs: usize, cols: usize, multiprocessors: usize) -> (usize, usize) {
+    let last = tiles.len() - 1;
+    let fits = tiles.iter().position(|tile| tile.tokens >= rows).unwrap_or(last);
+    // The largest tiles pass over memory least often, if there are enough of them.
+    let few = fits == last && tiles[last].tiles(rows, outputs) < multiprocessors;
+    let index = if few { last - 1 } else { fits };
+    let shares = tiles[index].blocks * multiprocessors / tiles[index].tiles(rows, outputs).max(1);
+    (index, shares.clamp(1, (cols / LEAST_COLS).max(1)))
+}
+
+/// How many warps share the columns of a product without tensor cores out.
+fn linear_parts(outputs: usize, cols: usize, multiprocessors: usize) -> usize {
+    let warps = outputs.div_ceil(LINEAR_OUTS);
+    let enough = |parts: &usize| parts * warps >= BUSY_WARPS * multiprocessors || 2 * parts > cols / LINEAR_COLS;
+    [1, 2].into_iter().find(enough).unwrap_or(LINEAR_WARPS)
 }
 
 /// The rows of experts' lists.
@@ -188,16 +213,17 @@ impl Product {
             None => (pass.rows, 1),
         };
         let dense = self.kernels.dense.as_ref().zip(self.halves).filter(|_| pass.dense);
-        if let Some((kernels, halves)) = dense {
+        if let Some((dense, halves)) = dense {
             // Two matrices take turns in a tile.
             let in_tiles = if is_gated { 2 * outs } else { outs };
-            let (tile, shares) = choose(rows, in_tiles, self.x.cols, self.shares.multiprocessors);
-            let Tile { tokens, outputs, threads, .. } = TILES[tile];
+            let (index, shares) = choose(dense.tiles, rows, in_tiles, self.x.cols, self.shares.multiprocessors);
+            let tile = &dense.tiles[index];
+            let &Tile { tokens, outputs, threads, .. } = tile;
             // One expert may have all rows.
             let blocks = if self.experts.is_some() { copies } else { shares };
             let grid = (pass.rows.div_ceil(tokens), in_tiles.div_ceil(outputs), blocks);
-            let shape = Shape::new(grid, threads).shared(TILES[tile].shared_bytes());
-            return pass.launch(&kernels[tile], shape, self.arguments(pass, Some(halves)));
+            let shape = Shape::new(grid, threads).shared(tile.shared_bytes());
+            return pass.launch(&dense.kernels[index], shape, self.arguments(pass, Some(halves)));
         }
         let (kernel, at_a_time) = match pass.rows {
             1 => (&self.kernels.one, 1),
@@ -206,7 +232,9 @@ impl Product {
         };
         let blocks = pass.rows.div_ceil(at_a_time);
         let blocks = if self.experts.is_some() { blocks.min(EXPERT_BLOCKS) } else { blocks };
-        let shape = Shape::new((outs.div_ceil(LINEAR_OUTS), blocks, copies), 128);
+        let parts = linear_parts(outs, self.x.cols, self.shares.multiprocessors);
+        let outs_of_block = LINEAR_OUTS * LINEAR_WARPS / parts;
+        let shape = Shape::new((outs.div_ceil(outs_of_block), blocks, copies), 32 * LINEAR_WARPS);
         pass.launch(kernel, shape, self.arguments(pass, None))
     }
 
@@ -237,7 +265,7 @@ impl Product {
             pair(y_halves.stride, pass.rows),
             pair(y.cols, self.x.cols),
             pair(self.activation, usize::from(by_pair)),
-            y_halves.half as u64,
+            pair(y_halves.half as usize, linear_parts(y.cols, self.x.cols, self.shares.multiprocessors)),
         ])
     }
 }
@@ -249,16 +277,18 @@ mod tests {
     #[test]
     fn shared_tiles_have_room_for_their_sums() {
         for multiprocessors in [4, 108, 132] {
-            for rows in [5, 16, 17, 64, 65, 128, 500, 8192] {
-                for outputs in [3, 64, 1000, 4096, 28672, 128_256] {
-                    for cols in [32, 256, 4096, 14336] {
-                        let (tile, shares) = choose(rows, outputs, cols, multiprocessors);
-                        let (tile, tiles) = (TILES[tile], TILES[tile].tiles(rows, outputs));
-                        assert!(shares == 1 || shares * tiles <= tile.blocks * multiprocessors);
-                        assert!(shares <= cols.div_ceil(DEPTH), "a block has nothing to do");
-                        let sums = shares * tiles * tile.tokens * tile.outputs;
-                        assert!(shares == 1 || sums <= Shares::floats(multiprocessors));
-                        assert!(shares == 1 || tiles <= Shares::counters(multiprocessors));
+            for tiles in [PORTABLE_TILES, HOPPER_TILES] {
+                for rows in [5, 16, 17, 64, 65, 128, 500, 8192] {
+                    for outputs in [3, 64, 1000, 4096, 28672, 128_256] {
+                        for cols in [32, 256, 4096, 14336] {
+                            let (index, shares) = choose(tiles, rows, outputs, cols, multiprocessors);
+                            let (tile, count) = (&tiles[index], tiles[index].tiles(rows, outputs));
+                            assert!(shares == 1 || shares * count <= tile.blocks * multiprocessors);
+                            assert!(shares <= cols.div_ceil(tile.depth), "a block has nothing to do");
+                            let sums = shares * count * tile.tokens * tile.outputs;
+                            assert!(shares == 1 || sums <= Shares::floats(multiprocessors));
+                            assert!(shares == 1 || count <= Shares::counters(multiprocessors));
+                        }
                     }
                 }
             }
@@ -267,10 +297,11 @@ mod tests {
 
     #[test]
     fn tiles_grow_with_rows_and_are_shared_where_they_are_few() {
-        assert_eq!(choose(8, 4096, 4096, 132), (0, 8));
-        assert_eq!(choose(64, 4096, 4096, 132), (1, 6));
-        assert_eq!(choose(2048, 4096, 4096, 132), (2, 1));
-        assert_eq!(choose(128, 28672, 4096, 132).0, 2);
-        assert_eq!(choose(8, 64, 32, 132), (0, 1));
+        let choose = |rows, outputs, cols| choose(PORTABLE_TILES, rows, outputs, cols, 132);
+        assert_eq!(choose(8, 4096, 4096), (0, 8));
+        assert_eq!(choose(64, 4096, 4096), (1, 6));
+        assert_eq!(choose(2048, 4096, 4096), (2, 1));
+        assert_eq!(choose(128, 28672, 4096).0, 2);
+        assert_eq!(choose(8, 64, 32), (0, 1));
     }
 }

@@ -43,6 +43,14 @@ pub fn without_graphs() -> Box<dyn Backend> {
     backend_with(CudaConfig { graphs: false, ..CudaConfig::default() })
 }
 
+/// One that computes products with the kernels for any GPU.
+///
+/// # Panics
+/// The driver isn't there.
+pub fn portable() -> Box<dyn Backend> {
+    backend_with(CudaConfig { portable: true, ..CudaConfig::default() })
+}
+
 /// With `SETU_TEST_GPU` in the environment the driver is whichever the machine has.
 fn backend_with(config: CudaConfig) -> Box<dyn Backend> {
     static ONCE: Once = Once::new();
