@@ -2,8 +2,9 @@
 //!
 //! `scripts/gpu.sh` runs it; by itself, `cargo bench -p setu-tests --bench gpu -- FOLDER…` measures the models whose
 //! `config.json` is in the folders, with random weights, and prints one JSON object. With `--small` sizes are such
-//! that the emulated driver is done in a minute: the figures then mean nothing. `--options={"portable":true}` measures with
-//! such options of the backend.
+//! that the emulated driver is done in a minute: the figures then mean nothing. `--batches=1,8`, `--contexts=512`,
+//! `--prompts=2048` and `--formats=BF16` measure less, `--options={"portable":true}` has such options of the backend, and
+//! `--requests=400` with `--rate=20` say what the engine is given end to end; none, if the number is 0.
 //!
 //! Ceilings are measured first: bytes that a copy on the device moves in a second, and cuBLAS's rate in bfloat16 where
 //! there is a cuBLAS. A decode step's floor is the time in which the weights and the K and V that it reads come from
@@ -17,20 +18,21 @@ use setu_backend_cuda::ceilings::Ceilings;
 use setu_core::backend::{CompileOptions, ExecutableInfo, Want};
 use setu_core::graph::Op;
 use setu_core::model::GraphOptions;
-use setu_core::{DType, Graph, Registries, Result};
+use setu_core::{DType, Error, Graph, Registries, Result};
 use setu_engine::checkpoint::Checkpoint;
 use setu_engine::load;
-use setu_host as _;
+use setu_host::serving::Serving;
 use setu_testkit::backend::rig::{Rig, Sequence};
 use setu_testkit::steps::{Outputs, SlotData};
 use setu_tests::figures::median;
+use setu_tests::trace::Trace;
 
 /// What is measured.
 struct Plan {
-    formats: &'static [DType],
-    batches: &'static [usize],
-    contexts: &'static [usize],
-    prompts: &'static [usize],
+    formats: Vec<DType>,
+    batches: Vec<usize>,
+    contexts: Vec<usize>,
+    prompts: Vec<usize>,
     /// Most tokens of a step.
     tokens: u32,
     rows: u32,
@@ -38,37 +40,78 @@ struct Plan {
     steps: usize,
     copy_bytes: usize,
     matmul: [usize; 3],
+    /// What the engine is given, end to end.
+    trace: Trace,
     /// The backend's options, as JSON.
-    options: &'static str,
+    options: String,
 }
 
-const WHOLE: Plan = Plan {
-    formats: &[DType::BF16, DType::Q4K],
-    batches: &[1, 8, 32, 128, 256],
-    contexts: &[512, 4096],
-    prompts: &[512, 2048, 8192],
-    tokens: 8192,
-    rows: 256,
-    model_len: 8448,
-    steps: 32,
-    copy_bytes: 2 << 30,
-    matmul: [4096, 8192, 8192],
-    options: "{}",
-};
+impl Plan {
+    fn whole() -> Plan {
+        Plan {
+            formats: vec![DType::BF16, DType::Q4K],
+            batches: vec![1, 8, 32, 128, 256],
+            contexts: vec![512, 4096],
+            prompts: vec![512, 2048, 8192],
+            tokens: 8192,
+            rows: 256,
+            model_len: 8448,
+            steps: 32,
+            copy_bytes: 2 << 30,
+            matmul: [4096, 8192, 8192],
+            trace: Trace {
+                requests: 400,
+                rate: 20.0,
+                prompt: (64, 1024),
+                answer: (32, 256),
+                ttft_s: 0.5,
+                itl_s: 0.025,
+            },
+            options: "{}".to_owned(),
+        }
+    }
 
-const SMALL: Plan = Plan {
-    formats: &[DType::BF16, DType::Q4K],
-    batches: &[1, 6],
-    contexts: &[20],
-    prompts: &[40],
-    tokens: 64,
-    rows: 8,
-    model_len: 128,
-    steps: 4,
-    copy_bytes: 1 << 20,
-    matmul: [64, 64, 64],
-    options: "{}",
-};
+    fn small() -> Plan {
+        Plan {
+            batches: vec![1, 6],
+            contexts: vec![20],
+            prompts: vec![40],
+            tokens: 64,
+            rows: 8,
+            model_len: 128,
+            steps: 4,
+            copy_bytes: 1 << 20,
+            matmul: [64; 3],
+            trace: Trace { requests: 4, rate: 4.0, prompt: (4, 20), answer: (2, 8), ttft_s: 10.0, itl_s: 10.0 },
+            ..Plan::whole()
+        }
+    }
+
+    /// Takes in what was given in the command line.
+    fn take(&mut self, argument: &str) -> Result<()> {
+        let Some((name, value)) = argument.strip_prefix("--").and_then(|argument| argument.split_once('=')) else {
+            return Ok(());
+        };
+        let unknown = || Error::invalid(format!("--{name}={value}: this can't be measured"));
+        let values = value.split(',').filter(|value| !value.is_empty());
+        let numbers =
+            || values.clone().map(|value| value.parse().map_err(|_| unknown())).collect::<Result<Vec<usize>>>();
+        match name {
+            "formats" => {
+                let known = |value: &str| DType::ALL.into_iter().find(|dtype| dtype.name() == value);
+                self.formats = values.map(|value| known(value).ok_or_else(unknown)).collect::<Result<_>>()?;
+            }
+            "batches" => self.batches = numbers()?,
+            "contexts" => self.contexts = numbers()?,
+            "prompts" => self.prompts = numbers()?,
+            "requests" => self.trace.requests = value.parse().map_err(|_| unknown())?,
+            "rate" => self.trace.rate = value.parse().map_err(|_| unknown())?,
+            "options" => value.clone_into(&mut self.options),
+            _ => return Err(unknown()),
+        }
+        Ok(())
+    }
+}
 
 /// What the device can do in a second.
 #[derive(Clone, Copy)]
@@ -83,12 +126,10 @@ fn main() {
     if arguments.iter().any(|argument| argument == "--test") {
         return;
     }
-    let mut plan = if arguments.iter().any(|argument| argument == "--small") { SMALL } else { WHOLE };
-    if let Some(options) = arguments.iter().find_map(|argument| argument.strip_prefix("--options=")) {
-        plan.options = options.to_owned().leak();
-    }
+    let mut plan = if arguments.iter().any(|argument| argument == "--small") { Plan::small() } else { Plan::whole() };
     let folders = arguments.iter().filter(|argument| !argument.starts_with("--"));
-    match measure(&plan, folders.map(Path::new)) {
+    let taken = arguments.iter().try_for_each(|argument| plan.take(argument));
+    match taken.and_then(|()| measure(&plan, folders.map(Path::new))) {
         Ok(report) => println!("{report}"),
         Err(error) => {
             eprintln!("gpu: {error}");
@@ -107,13 +148,14 @@ fn measure<'a>(plan: &Plan, folders: impl Iterator<Item = &'a Path>) -> Result<V
     drop(ceilings);
     let mut models = Vec::new();
     for folder in folders {
-        for &dtype in plan.formats {
+        for &dtype in &plan.formats {
             // What one can't run is told, and the others are measured.
             let measured = measure_model(plan, folder, dtype, rates);
             let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
             let figures = measured.unwrap_or_else(|error| json!({ "error": error.message() }));
             eprintln!("gpu: {name} in {dtype} is measured");
-            models.push(json!({ "model": name, "weights": dtype.name(), "figures": figures }));
+            let trace = trace(plan, folder, dtype).unwrap_or_else(|error| json!({ "error": error }));
+            models.push(json!({ "model": name, "weights": dtype.name(), "figures": figures, "trace": trace }));
         }
     }
     Ok(json!({
@@ -125,6 +167,18 @@ fn measure<'a>(plan: &Plan, folders: impl Iterator<Item = &'a Path>) -> Result<V
         "matmul_missing": why_not,
         "models": models,
     }))
+}
+
+/// The engine end to end. Its own memory comes after that of the bench, which is gone by then.
+fn trace(plan: &Plan, folder: &Path, dtype: DType) -> std::result::Result<Value, String> {
+    if plan.trace.requests == 0 || dtype != DType::BF16 {
+        return Ok(Value::Null);
+    }
+    let folder = folder.to_string_lossy().into_owned();
+    let len = plan.model_len.min(4096).to_string();
+    let flags =
+        ["--backend", "cuda", "--model.name", &folder, "--model.load_format", "dummy", "--model.max_model_len", &len];
+    plan.trace.replay(&Serving::from_flags(&flags)?)
 }
 
 fn measure_model(plan: &Plan, folder: &Path, dtype: DType, rates: Rates) -> Result<Value> {
@@ -139,17 +193,17 @@ fn measure_model(plan: &Plan, folder: &Path, dtype: DType, rates: Rates) -> Resu
     let weights = checkpoint.dummy_weights(&graph).transpose()?.unwrap_or_default();
     let mut options = CompileOptions::new(plan.tokens, plan.rows, plan.model_len);
     options.kv_dtype = DType::BF16;
-    let mut backend = (registries.backends.get("cuda")?.build)(plan.options)?;
+    let mut backend = (registries.backends.get("cuda")?.build)(&plan.options)?;
     let exec = backend.compile(&graph, &weights, &options)?;
     let (info, load_s) = (exec.info(), started.elapsed().as_secs_f64());
     let mut bench = Bench { rig: Rig::of(&graph, exec, options), work: Work::of(&graph, &info, dtype), info };
     let (mut decode, mut prefill) = (Vec::new(), Vec::new());
-    for &context in plan.contexts {
-        for &batch in plan.batches {
+    for &context in &plan.contexts {
+        for &batch in &plan.batches {
             decode.push(bench.decode(batch, context, plan.steps, rates)?);
         }
     }
-    for &tokens in plan.prompts {
+    for &tokens in &plan.prompts {
         prefill.push(bench.prefill(tokens, rates)?);
     }
     Ok(json!({

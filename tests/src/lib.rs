@@ -12,4 +12,5 @@ pub mod schemas;
 pub mod server;
 pub mod tiny_files;
 pub mod tiny_llama;
+pub mod trace;
 pub mod twins;

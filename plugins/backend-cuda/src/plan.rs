@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use setu_core::backend::CompileOptions;
-use setu_core::graph::{Node, Op as GraphOp, RowSpace};
+use setu_core::graph::{Node, Op as GraphOp, RowSpace, WeightId};
 use setu_core::{DType, Error, Graph, Result};
 
 use crate::attention;
@@ -35,6 +35,8 @@ pub struct Plan {
     pub tilings: Vec<Tiling>,
     /// Whether a row's result must not depend on how many there are, and so nothing runs on tensor cores.
     pub batch_invariant: bool,
+    /// From how many rows on products run on tensor cores.
+    dense_rows: usize,
     /// Values and scratch memory.
     memory: Vec<Memory>,
 }
@@ -51,7 +53,7 @@ impl Plan {
 
     /// Whether the products of a pass of `rows` rows run on tensor cores.
     pub fn is_dense(&self, rows: usize) -> bool {
-        !self.batch_invariant && rows > FEW_ROWS
+        !self.batch_invariant && rows >= self.dense_rows
     }
 
     pub fn workspace_bytes(&self) -> usize {
@@ -122,8 +124,8 @@ pub fn lower(
     let tokens = options.max_tokens as usize;
     let logits = graph.output("logits").ok_or_else(|| Error::contract("the graph has no output called `logits`"))?;
     let units = fuse::units(graph, &|id| weights.dtype(id));
-    let dense = if kernels.is_hopper() { "hopper" } else { "matmul" };
-    let dense = Some(dense).filter(|_| !batch_invariant);
+    let dense_file = if kernels.is_hopper() { "hopper" } else { "matmul" };
+    let dense = Some(dense_file).filter(|_| !batch_invariant);
     kernels.prepare(&needed(graph, &units, weights, options.kv_dtype, dense))?;
     let layout = Layout::new(graph, &units, &|unit| half_of(graph, weights, unit).filter(|_| !batch_invariant));
     let mut lowering = Lowering {
@@ -153,7 +155,11 @@ pub fn lower(
     }
     let logits = lowering.layout.value(logits);
     let Lowering { tilings, attention, memory, .. } = lowering;
-    let plan = Plan { tokens: token_ops, wanted: wanted_ops, logits, wants, tilings, batch_invariant, memory };
+    // Hopper's are as good at bringing weights for one row as for many, if they needn't be decoded.
+    let are_halves = weights_of(&units).iter().all(|&id| matches!(weights.dtype(id), DType::F16 | DType::BF16));
+    let dense_rows = if dense_file == "hopper" && are_halves { 1 } else { FEW_ROWS + 1 };
+    let plan =
+        Plan { tokens: token_ops, wanted: wanted_ops, logits, wants, tilings, batch_invariant, dense_rows, memory };
     Ok(Unpaged { plan, attention, shared_bytes: device.shared_bytes()? })
 }
 
@@ -172,20 +178,11 @@ fn needed(
             needed.push(unit);
         }
     };
-    for unit in units {
-        let ids = match &unit.kind {
-            Kind::Product(product) => {
-                product.linears.iter().filter_map(|node| fuse::weight_of(node)).map(|(id, _)| id).collect()
-            }
-            Kind::Node(Node { op: op @ GraphOp::Experts { .. }, .. }) => op.weights(),
-            _ => Vec::new(),
-        };
-        for id in ids {
-            let (dtype, cols) = (weights.dtype(id), graph.weight(id).shape.last().copied().unwrap_or(0));
-            add("linear", Some(dtype));
-            if let Some(file) = dense.filter(|_| Half::of(dtype, cols).is_some()) {
-                add(file, Some(dtype));
-            }
+    for id in weights_of(units) {
+        let (dtype, cols) = (weights.dtype(id), graph.weight(id).shape.last().copied().unwrap_or(0));
+        add("linear", Some(dtype));
+        if let Some(file) = dense.filter(|_| Half::of(dtype, cols).is_some()) {
+            add(file, Some(dtype));
         }
     }
     if kv_dtype.is_float() && !graph.kv_layers.is_empty() {
@@ -197,6 +194,18 @@ fn needed(
     }
     add("sample", None);
     needed
+}
+
+/// The weights that products multiply with.
+fn weights_of(units: &[Unit<'_>]) -> Vec<WeightId> {
+    let of_unit = |unit: &Unit<'_>| match &unit.kind {
+        Kind::Product(product) => {
+            product.linears.iter().filter_map(|node| fuse::weight_of(node)).map(|(id, _)| id).collect()
+        }
+        Kind::Node(Node { op: op @ GraphOp::Experts { .. }, .. }) => op.weights(),
+        _ => Vec::new(),
+    };
+    units.iter().flat_map(of_unit).collect()
 }
 
 /// The halves that a unit reads its first input in on tensor cores.

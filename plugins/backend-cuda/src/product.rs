@@ -1,6 +1,6 @@
 //! Products of rows with weights: which kernel computes one, and in which tiles.
 //!
-//! Few rows go to kernels that are bound by how fast weights come (`kernels/linear.cuh`); many, to tensor cores
+//! Few rows mostly go to kernels that are bound by how fast weights come (`kernels/linear.cuh`); many, to tensor cores
 //! (`kernels/matmul.cuh`), with rows in halves that whoever computed them has written. A pass is all one way or the
 //! other, so that writers and readers of halves agree: see [`Pass::dense`].
 
@@ -10,7 +10,7 @@ use setu_core::Result;
 use crate::gpu::{Arguments, Kernel, Shape};
 use crate::ops::{Operand, Pass};
 
-/// Most rows that don't go to tensor cores.
+/// Most rows that don't go to tensor cores, where those aren't as good at few.
 pub const FEW_ROWS: usize = 4;
 
 /// Outputs that a warp of the kernels in `linear.cu` computes, warps of a block, and columns that one takes at a time.
