@@ -1,9 +1,8 @@
-// Products of very many rows with weights in halves, on Hopper: as those of hopper.cuh, with nothing but products left for
-// their threads to do.
+// Products with weights in halves on Hopper: as those of hopper.cuh, with nothing but products left for their threads to do.
 //
-// What limits these is how fast tiles come from the second-level cache. So two blocks, a cluster, take the same tokens and
-// different outputs, and each fetches half of the tokens for both. One thread asks for copies; the accelerator makes them.
-// With two matrices the upper half of a tile's outputs are the second's.
+// One thread asks for tiles and the tensor memory accelerator copies them. What limits large tiles is how fast they come
+// from the second-level cache; so two blocks, a cluster, take the same tokens and different outputs, and each fetches half
+// of the tokens for both. With two matrices the upper half of a tile's outputs are the second's.
 #pragma once
 
 #include "formats.cuh"
@@ -11,61 +10,79 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-struct Bulk {
-    static constexpr int tokens = 256, outputs = 128, stages = 4, columns = 64, cluster = 2;
-    // Threads that multiply; those of one more warp copy.
-    static constexpr int threads = 2 * outputs;
-    static constexpr int row_bytes = 2 * columns;
-    static constexpr int stage_bytes = (tokens + outputs) * row_bytes;
+// TOKENS × OUTPUTS for a block, a warpgroup for every 64 outputs, and one more warp that copies.
+template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile {
+    static constexpr int tokens = TOKENS, outputs = OUTPUTS, stages = STAGES, cluster = CLUSTER;
+    // Those that multiply.
+    static constexpr int threads = 2 * OUTPUTS;
+    static constexpr int columns = 64, row_bytes = 2 * columns;
+    static constexpr int stage_bytes = (TOKENS + OUTPUTS) * row_bytes;
     static constexpr bool takes_turns = false;
 
+    // Where a sum lies in shared memory: four pairs of rows lie in different banks.
     static __device__ __forceinline__ int sum_at(int row, int column) {
         return row * outputs + (column ^ (row >> 1 & 3) << 3);
     }
+
+    // Waits for all threads that multiply.
+    static __device__ __forceinline__ void wait() { asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory"); }
+
+    static_assert(stage_bytes * STAGES >= 4 * TOKENS * OUTPUTS, "the sums fit into the stages");
+    static_assert(stage_bytes % 1024 == 0 && TOKENS / CLUSTER % 8 == 0 && OUTPUTS % 64 == 0, "tiles begin where they may");
 };
 
-// Waits for the threads that multiply.
-__device__ __forceinline__ void wait_for_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(Bulk::threads) : "memory"); }
+typedef BulkTile<16, 64, 10, 1> BulkSlim;
+typedef BulkTile<64, 128, 4, 2> BulkSmall;
+typedef BulkTile<128, 128, 3, 2> BulkEven;
+typedef BulkTile<256, 128, 4, 2> BulkLarge;
 
-// Blocks in x are tiles of tokens, in y of outputs: an even number of them.
-template <Half HALF>
+// Blocks in x are tiles of tokens, in y of outputs, whole clusters of them; in z those that share a tile.
+template <Half HALF, class TILE>
 __device__ __forceinline__ void bulk_matmul(const Product &product, const TensorMap &tokens, const TensorMap &weights,
                                             const TensorMap &second) {
     DYNAMIC_SHARED(u8, shared);
-    __shared__ Barrier full[Bulk::stages], empty[Bulk::stages];
-    // Tiles begin at multiples of 1024 bytes, at the same place in both blocks.
+    __shared__ Barrier full[TILE::stages], empty[TILE::stages];
+    // Tiles begin at multiples of 1024 bytes, at the same place in all blocks.
     u8 *stages = shared + (-shared_address(shared) & 1023);
-    int first_row = blockIdx.x * Bulk::tokens;
-    int first_out = blockIdx.y * (product.second ? Bulk::outputs / 2 : Bulk::outputs);
-    int all = (product.cols + Bulk::columns - 1) / Bulk::columns;
+    int first_row = blockIdx.x * TILE::tokens;
+    int first_out = blockIdx.y * (product.second ? TILE::outputs / 2 : TILE::outputs);
+    int all = (product.cols + TILE::columns - 1) / TILE::columns;
+    int first = static_cast<int>(static_cast<u64>(all) * blockIdx.z / gridDim.z);
+    int count = static_cast<int>(static_cast<u64>(all) * (blockIdx.z + 1) / gridDim.z) - first;
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < Bulk::stages; stage++) {
+        for (int stage = 0; stage < TILE::stages; stage++) {
             full[stage].init(1);
-            // A thread of each warpgroup of both blocks.
-            empty[stage].init(Bulk::cluster * Bulk::threads / 128);
+            // A thread of each warpgroup of all blocks.
+            empty[stage].init(TILE::cluster * TILE::threads / 128);
         }
         Barrier::show();
     }
     wait_for_cluster();
-    if (threadIdx.x >= Bulk::threads) {
-        if (threadIdx.x == Bulk::threads) {
-            u32 rank = rank_in_cluster();
-            auto place = [&](int stage) { return stages + stage % Bulk::stages * Bulk::stage_bytes; };
+    if (threadIdx.x >= TILE::threads) {
+        if (threadIdx.x == TILE::threads) {
+            int part = TILE::tokens / TILE::cluster, begin = TILE::cluster > 1 ? rank_in_cluster() * part : 0;
+            auto place = [&](int stage) { return stages + stage % TILE::stages * TILE::stage_bytes; };
             auto copy_weights = [&](int stage) {
-                Barrier &barrier = full[stage % Bulk::stages];
-                u8 *to = place(stage) + Bulk::tokens * Bulk::row_bytes;
-                barrier.expect(Bulk::stage_bytes);
-                copy_box(to, weights, first_out, stage * Bulk::columns, barrier);
+                Barrier &barrier = full[stage % TILE::stages];
+                u8 *to = place(stage) + TILE::tokens * TILE::row_bytes;
+                int column = (first + stage) * TILE::columns;
+                barrier.expect(TILE::stage_bytes);
+                copy_box(to, weights, first_out, column, barrier);
                 if (product.second) {
-                    copy_box(to + Bulk::outputs / 2 * Bulk::row_bytes, second, first_out, stage * Bulk::columns, barrier);
+                    copy_box(to + TILE::outputs / 2 * TILE::row_bytes, second, first_out, column, barrier);
                 }
             };
             auto copy_tokens = [&](int stage) {
-                int half = rank * (Bulk::tokens / Bulk::cluster);
-                copy_box_to((1 << Bulk::cluster) - 1, place(stage) + half * Bulk::row_bytes, tokens, first_row + half,
-                            stage * Bulk::columns, full[stage % Bulk::stages]);
+                Barrier &barrier = full[stage % TILE::stages];
+                u8 *to = place(stage) + begin * TILE::row_bytes;
+                int column = (first + stage) * TILE::columns;
+                if constexpr (TILE::cluster > 1) {
+                    copy_box_to((1 << TILE::cluster) - 1, to, tokens, first_row + begin, column, barrier);
+                } else {
+                    copy_box(to, tokens, first_row, column, barrier);
+                }
             };
-            int ahead = min(all, Bulk::stages);
+            int ahead = min(count, TILE::stages);
             for (int stage = 0; stage < ahead; stage++) {
                 copy_weights(stage);
             }
@@ -74,8 +91,8 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
             for (int stage = 0; stage < ahead; stage++) {
                 copy_tokens(stage);
             }
-            for (int stage = ahead; stage < all; stage++) {
-                empty[stage % Bulk::stages].wait((stage / Bulk::stages & 1) ^ 1);
+            for (int stage = ahead; stage < count; stage++) {
+                empty[stage % TILE::stages].wait((stage / TILE::stages & 1) ^ 1);
                 copy_weights(stage);
                 copy_tokens(stage);
             }
@@ -84,21 +101,21 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
     } else {
         wait_for_launches_before();
         auto release = [&](int stage) {
-            if (threadIdx.x % 128 < Bulk::cluster) {
-                empty[stage % Bulk::stages].arrive_at(threadIdx.x % 128);
+            if (threadIdx.x % 128 < TILE::cluster) {
+                empty[stage % TILE::stages].arrive_at(threadIdx.x % 128);
             }
         };
-        float sums[1][Bulk::tokens / 8][4] = {};
+        float sums[1][TILE::tokens / 8][4] = {};
         int group = threadIdx.x / 128;
-        for (int stage = 0; stage < all; stage++) {
-            full[stage % Bulk::stages].wait(stage / Bulk::stages & 1);
-            u8 *tile = stages + stage % Bulk::stages * Bulk::stage_bytes;
-            u64 left = matrix_descriptor(tile + (Bulk::tokens + 64 * group) * Bulk::row_bytes);
+        for (int stage = 0; stage < count; stage++) {
+            full[stage % TILE::stages].wait(stage / TILE::stages & 1);
+            u8 *tile = stages + stage % TILE::stages * TILE::stage_bytes;
+            u64 left = matrix_descriptor(tile + (TILE::tokens + 64 * group) * TILE::row_bytes);
             u64 right = matrix_descriptor(tile);
             begin_products();
 #pragma unroll
-            for (int depth = 0; depth < Bulk::columns / 16; depth++) {
-                multiply_tiles<HALF, Bulk::tokens>(sums[0], left + depth * NEXT_COLUMNS, right + depth * NEXT_COLUMNS);
+            for (int depth = 0; depth < TILE::columns / 16; depth++) {
+                multiply_tiles<HALF, TILE::tokens>(sums[0], left + depth * NEXT_COLUMNS, right + depth * NEXT_COLUMNS);
             }
             commit_products();
             // The stage before this has been read.
@@ -108,19 +125,21 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
             }
         }
         wait_for_products<0>();
-        wait_for_multipliers();
-        float *tile = reinterpret_cast<float *>(stages);
-        int output = warp_of_thread() * 16 + lane_of_thread() / 4, at = lane_of_thread() % 4 * 2;
+        if (gridDim.z == 1 || gather_sums<TILE>(product, sums)) {
+            TILE::wait();
+            float *tile = reinterpret_cast<float *>(stages);
+            int output = warp_of_thread() * 16 + lane_of_thread() / 4, at = lane_of_thread() % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < Bulk::tokens / 8; j++) {
+            for (int j = 0; j < TILE::tokens / 8; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                tile[Bulk::sum_at(8 * j + at + i % 2, output + i / 2 * 8)] = sums[0][j][i];
+                for (int i = 0; i < 4; i++) {
+                    tile[TILE::sum_at(8 * j + at + i % 2, output + i / 2 * 8)] = sums[0][j][i];
+                }
             }
+            TILE::wait();
+            store_tile<TILE>(product, {0, product.tokens}, first_row, first_out, tile);
         }
-        wait_for_multipliers();
-        store_tile<Bulk>(product, {0, product.tokens}, first_row, first_out, tile);
     }
-    // Neither leaves while the other may still arrive at its barriers.
+    // None leaves while another may still arrive at its barriers.
     wait_for_cluster();
 }

@@ -38,6 +38,24 @@ struct Cells {
         return aligned ? page_of(min(max(begin, seen_from), seen_to)) : nullptr;
     }
 
+    // Asks for the keys and values of a step: a line for each lane.
+    template <int HEAD> __device__ __forceinline__ void prefetch_step(int begin) const {
+        if (!aligned || begin > seen_to) {
+            return;
+        }
+        const u8 *page = page_of_step(begin);
+        int pieces = pages.k_padded / 8, place = begin % pages.page_tokens, lane = lane_of_thread();
+        size_t of_head = static_cast<size_t>(kv_head) * pages.page_tokens;
+        for (int line = lane; line < 2 * pieces; line += 32) {
+            size_t piece = of_head * pieces + static_cast<size_t>(line / 2) * pages.page_tokens + place;
+            prefetch(page + pages.k_at + piece * 16 + line % 2 * 128);
+        }
+        const u8 *values = page + pages.v_at + (of_head + place) * pages.v_dim * 2;
+        for (int at = lane * 128; at < STEP * pages.v_dim * 2; at += 32 * 128) {
+            prefetch(values + at);
+        }
+    }
+
     // Of keys `lane / 4` and `lane / 4 + 8` of a step, every fourth piece.
     template <int HEAD> __device__ __forceinline__ void load_keys(int begin, uint4 (&keys)[2][HEAD / 32]) const {
         int lane = lane_of_thread(), pieces = pages.k_padded / 8;
@@ -99,37 +117,39 @@ __device__ __forceinline__ float term_of(float value, float highest) {
     return value == -INFINITY_F ? 0.0f : exp2f(value - highest);
 }
 
-// What a warp, or a block, has found for a query: in shared memory, or among the partials.
-struct Found {
-    float *start;
+// Floats of what a warp, or a block, has found for a query: the sums of its columns, the highest score, and the total. They
+// are read four at a time.
+__device__ __forceinline__ constexpr int found_floats(int columns) { return columns + 4; }
 
-    __device__ __forceinline__ float &highest() const { return start[0]; }
-    __device__ __forceinline__ float &total() const { return start[1]; }
-    __device__ __forceinline__ float &sum(int column) const { return start[2 + column]; }
+// What is merged: the softmax so far, and the sums of four columns.
+struct Merged {
+    float highest, total, sums[4];
+
+    __device__ __forceinline__ void add(const float *found, int columns, int column, bool of_other_block) {
+        const float4 *four = reinterpret_cast<const float4 *>(found + column);
+        const float4 *tail = reinterpret_cast<const float4 *>(found + columns);
+        // What other blocks wrote must not come from the cache of this one's multiprocessor.
+        float4 sum = of_other_block ? __ldcg(four) : *four, softmax = of_other_block ? __ldcg(tail) : *tail;
+        float above = fmaxf(highest, softmax.x);
+        float keeps = term_of(highest, above), adds = term_of(softmax.x, above);
+        highest = above;
+        total = total * keeps + softmax.y * adds;
+        sums[0] = sums[0] * keeps + sum.x * adds, sums[1] = sums[1] * keeps + sum.y * adds;
+        sums[2] = sums[2] * keeps + sum.z * adds, sums[3] = sums[3] * keeps + sum.w * adds;
+    }
+
+    __device__ __forceinline__ void leave(float *found, int columns, int column) const {
+        *reinterpret_cast<float4 *>(found + column) = float4{sums[0], sums[1], sums[2], sums[3]};
+        if (column == 0) {
+            *reinterpret_cast<float4 *>(found + columns) = float4{highest, total, 0.0f, 0.0f};
+        }
+    }
 };
 
-// Merges `count` of them that lie `apart` floats from each other: the sum of column `column`, with `highest` and `total`.
-// What other blocks wrote must not come from the cache of this one's multiprocessor.
-template <bool OF_OTHER_BLOCKS>
-__device__ __forceinline__ float merge_found(const float *start, int count, size_t apart, int column, float &highest,
-                                             float &total) {
-    auto load = [](const float *place) { return OF_OTHER_BLOCKS ? __ldcg(place) : *place; };
-    highest = -INFINITY_F;
-    for (int i = 0; i < count; i++) {
-        highest = fmaxf(highest, load(start + i * apart));
-    }
-    total = 0.0f;
-    float sum = 0.0f;
-    for (int i = 0; i < count; i++) {
-        float keeps = term_of(load(start + i * apart), highest);
-        total = fmaf(load(start + i * apart + 1), keeps, total);
-        sum = fmaf(load(start + i * apart + 2 + column), keeps, sum);
-    }
-    return sum;
-}
+__device__ __forceinline__ Merged nothing_merged() { return {-INFINITY_F, 0.0f, {}}; }
 
 // As `attend` of attention.cu, in tiles of DECODE_QUERIES. Blocks in z are shares; with more than one, `partials` has room
-// for DECODE_QUERIES × (v_dim + 2) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
+// for DECODE_QUERIES × (v_dim + 4) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
 // between launches. Heads are at most HEAD columns wide, and those of values a multiple of eight.
 template <Half HALF, int HEAD>
 __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets, const u32 *table_pages,
@@ -196,6 +216,9 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
         if (step + DECODE_WARPS < end) {
             cells.load_keys<HEAD>((step + DECODE_WARPS) * STEP, keys);
         }
+        if (step + 2 * DECODE_WARPS < end) {
+            cells.prefetch_step<HEAD>((step + 2 * DECODE_WARPS) * STEP);
+        }
         float above[2] = {highest[0], highest[1]};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -245,43 +268,44 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
         }
     }
 
-    // `[DECODE_WARPS][DECODE_QUERIES][HEAD + 2]`.
+    // `[DECODE_WARPS][DECODE_QUERIES][found_floats(HEAD)]`.
     DYNAMIC_SHARED(float, shared);
-    constexpr int of_query = HEAD + 2;
+    constexpr int of_query = found_floats(HEAD);
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
         total[lower] += __shfl_xor_sync(ALL_LANES, total[lower], 1);
         total[lower] += __shfl_xor_sync(ALL_LANES, total[lower], 2);
-        Found found = {shared + (warp * DECODE_QUERIES + lane / 4 + 8 * lower) * of_query};
+        float *found = shared + (warp * DECODE_QUERIES + lane / 4 + 8 * lower) * of_query;
         if (lane % 4 == 0) {
-            found.highest() = highest[lower];
-            found.total() = total[lower];
+            found[HEAD] = highest[lower];
+            found[HEAD + 1] = total[lower];
         }
 #pragma unroll
         for (int j = 0; j < HEAD / 8; j++) {
             int column = j / 8 * 64 + lane % 4 * 16 + j % 8;
-            found.sum(column) = sums[j][2 * lower];
-            found.sum(column + 8) = sums[j][2 * lower + 1];
+            found[column] = sums[j][2 * lower];
+            found[column + 8] = sums[j][2 * lower + 1];
         }
     }
     __syncthreads();
 
-    int v_dim = pages.v_dim;
-    size_t apart = static_cast<size_t>(DECODE_QUERIES) * (v_dim + 2);
+    // A thread merges four columns of a query.
+    int fours = pages.v_dim / 4, floats = found_floats(pages.v_dim);
     size_t tile = blockIdx.x * gridDim.y + kv_head;
-    float *of_tile = partials + tile * shares * apart;
-    constexpr size_t between = DECODE_QUERIES * of_query;
+    float *of_tile = partials + tile * shares * DECODE_QUERIES * floats;
+    auto merge_warps = [&](int query, int column) {
+        Merged merged = nothing_merged();
+#pragma unroll
+        for (int other = 0; other < DECODE_WARPS; other++) {
+            merged.add(shared + (other * DECODE_QUERIES + query) * of_query, HEAD, column, false);
+        }
+        return merged;
+    };
     if (shares > 1) {
-        for (int i = threadIdx.x; i < queries * v_dim; i += blockDim.x) {
-            int number = i / v_dim, column = i % v_dim;
-            Found found = {of_tile + blockIdx.z * apart + number * (v_dim + 2)};
-            float highest_of_all, total_of_all;
-            found.sum(column) =
-                merge_found<false>(shared + number * of_query, DECODE_WARPS, between, column, highest_of_all, total_of_all);
-            if (column == 0) {
-                found.highest() = highest_of_all;
-                found.total() = total_of_all;
-            }
+        for (int i = threadIdx.x; i < queries * fours; i += blockDim.x) {
+            int in_tile = i / fours, column = i % fours * 4;
+            merge_warps(in_tile, column)
+                .leave(of_tile + (blockIdx.z * DECODE_QUERIES + in_tile) * floats, pages.v_dim, column);
         }
         __shared__ u32 before;
         __threadfence();
@@ -299,22 +323,31 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
             arrived[tile] = 0;
         }
     }
-    for (int i = threadIdx.x; i < queries * v_dim; i += blockDim.x) {
-        int in_tile = i / v_dim, column = i % v_dim, number = first_query + in_tile;
+    for (int i = threadIdx.x; i < queries * fours; i += blockDim.x) {
+        int in_tile = i / fours, column = i % fours * 4, number = first_query + in_tile;
         int head = kv_head * group + number % group;
-        float highest_of_all, total_of_all;
-        float sum = shares > 1 ? merge_found<true>(of_tile + in_tile * (v_dim + 2), shares, apart, column,
-                                                   highest_of_all, total_of_all)
-                               : merge_found<false>(shared + in_tile * of_query, DECODE_WARPS, between, column,
-                                                    highest_of_all, total_of_all);
-        if (sinks) {
-            float sink = sinks[head] * LOG2_E, most = fmaxf(highest_of_all, sink);
-            float keeps = exp2f(highest_of_all - most);
-            total_of_all = total_of_all * keeps + exp2f(sink - most);
-            sum *= keeps;
+        Merged merged;
+        if (shares > 1) {
+            merged = nothing_merged();
+#pragma unroll 8
+            for (int other = 0; other < shares; other++) {
+                merged.add(of_tile + (other * DECODE_QUERIES + in_tile) * floats, pages.v_dim, column, true);
+            }
+        } else {
+            merged = merge_warps(in_tile, column);
         }
-        size_t token = first_token + number / group, place = static_cast<size_t>(head) * v_dim + column;
-        store_attended(y, token * y_stride + place, halves, token * halves_stride + place, half, sum / total_of_all);
+        float by = 1.0f / merged.total;
+        if (sinks) {
+            float sink = sinks[head] * LOG2_E, most = fmaxf(merged.highest, sink);
+            float keeps = exp2f(merged.highest - most);
+            by = keeps / (merged.total * keeps + exp2f(sink - most));
+        }
+        size_t token = first_token + number / group, place = static_cast<size_t>(head) * pages.v_dim + column;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            store_attended(y, token * y_stride + place + j, halves, token * halves_stride + place + j, half,
+                           merged.sums[j] * by);
+        }
     }
 }
 #endif

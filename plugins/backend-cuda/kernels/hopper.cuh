@@ -17,6 +17,8 @@ constexpr int ROW_BYTES = 2 * WIDTH;
 template <int TOKENS, int OUTPUTS, int STAGES> struct HopperTile {
     static constexpr int tokens = TOKENS, outputs = OUTPUTS, stages = STAGES;
     static constexpr int threads = 2 * OUTPUTS;
+    static constexpr bool takes_turns = true;
+    static __device__ __forceinline__ void wait() { __syncthreads(); }
     static constexpr int stage_bytes = (TOKENS + OUTPUTS) * ROW_BYTES;
     // Stages that are on their way while one is multiplied.
     static constexpr int ahead = STAGES - 2;

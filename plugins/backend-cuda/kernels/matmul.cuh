@@ -22,6 +22,8 @@ template <int TOKENS, int OUTPUTS, int WARPS_T, int WARPS_O, int STAGES_> struct
     // A warp's share, in products of 16 tokens by 8 outputs.
     static constexpr int down = TOKENS / WARPS_T / 16, across = OUTPUTS / WARPS_O / 8;
     static constexpr int warps_across = WARPS_O;
+    static constexpr bool takes_turns = true;
+    static __device__ __forceinline__ void wait() { __syncthreads(); }
     static constexpr int stage_halves = (TOKENS + OUTPUTS) * DEPTH;
 
     // Where a sum lies in shared memory: eight rows lie in different banks.

@@ -25,11 +25,11 @@ __device__ __forceinline__ bool gather_sums(const Product &product, float (&sums
         }
     }
     __threadfence();
-    __syncthreads();
+    TILE::wait();
     if (threadIdx.x == 0) {
         before = atomicAdd(product.arrived + tile, 1u);
     }
-    __syncthreads();
+    TILE::wait();
     if (before + 1 < gridDim.z) {
         return false;
     }
@@ -107,18 +107,19 @@ __device__ __forceinline__ void store_rows(const Product &product, Rows rows, in
         if (first_row + row >= rows.end || out >= product.outs) {
             continue;
         }
-        int column = GATED ? in_tile / 8 * 16 + in_tile % 8 : in_tile;
+        int column = GATED && TILE::takes_turns ? in_tile / 8 * 16 + in_tile % 8 : in_tile;
+        int apart = TILE::takes_turns ? 8 : TILE::outputs / 2;
         float4 four = *reinterpret_cast<const float4 *>(tile + TILE::sum_at(row, column)), other = {};
         if (GATED) {
-            other = *reinterpret_cast<const float4 *>(tile + TILE::sum_at(row, column + 8));
+            other = *reinterpret_cast<const float4 *>(tile + TILE::sum_at(row, column + apart));
         }
         float first[4] = {four.x, four.y, four.z, four.w}, second[4] = {other.x, other.y, other.z, other.w};
         store_four(product, first_row + row, out, first, second);
     }
 }
 
-// Takes in the sums of a tile, which lie in shared memory where `TILE::sum_at` says. With two matrices eight outputs of
-// one and eight of the other take turns.
+// Takes in the sums of a tile, which lie in shared memory where `TILE::sum_at` says. With two matrices either eight outputs
+// of one and eight of the other take turns, or the upper half is the second's.
 template <class TILE>
 __device__ __forceinline__ void store_tile(const Product &product, Rows rows, int first_row, int first_out,
                                            const float *tile) {

@@ -49,7 +49,7 @@ pub struct Decode {
 impl Decode {
     /// Dynamic shared memory, for heads of at most `head` columns.
     pub fn shared_bytes(head: usize) -> usize {
-        4 * DECODE_WARPS * DECODE_QUERIES * (head + 2)
+        4 * DECODE_WARPS * DECODE_QUERIES * (head + 4)
     }
 
     /// Blocks that the device runs at once.

@@ -11,6 +11,8 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 use setu_core::{Error, ErrorKind, Result};
 
+use crate::product::{Half, Halves};
+
 /// A device with its primary context.
 #[derive(Clone, Debug)]
 pub struct Device {
@@ -97,6 +99,39 @@ impl Device {
         Ok(Memory { device: self.clone(), address, bytes })
     }
 
+    /// A matrix of halves on the device, of which boxes of `box_rows` by [`BOX_COLS`] are copied to shared memory, their
+    /// sixteen-byte pieces permuted as tensor cores want them.
+    pub fn tensor_map(&self, matrix: Halves, rows: usize, cols: usize, box_rows: usize) -> Result<TensorMap> {
+        self.bind()?;
+        let dtype = match matrix.half {
+            Half::F16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Half::BF16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let (size, strides) = ([cols as u64, rows as u64], [2 * matrix.stride as u64]);
+        let (of_box, steps) = ([BOX_COLS as u32, box_rows as u32], [1_u32, 1]);
+        // SAFETY: the arrays are as long as the rank says; the driver writes the map and keeps nothing.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                dtype,
+                2,
+                matrix.address as *mut c_void,
+                size.as_ptr(),
+                strides.as_ptr(),
+                of_box.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(failed(format!("the map of a matrix of {rows} by {cols}")))?;
+        Ok(TensorMap(map.opaque))
+    }
+
     /// Loads compiled kernels.
     pub fn load(&self, image: &[u8]) -> Result<Module> {
         self.bind()?;
@@ -105,6 +140,13 @@ impl Device {
         Ok(Module { device: self.clone(), raw })
     }
 }
+
+/// Columns of a tensor map's box: 128 bytes of halves.
+const BOX_COLS: usize = 64;
+
+/// A matrix as the copies of `kernels/tma.cuh` want it described.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorMap(pub [u64; 16]);
 
 /// Bytes in MiB, rounded up.
 pub fn mib(bytes: u64) -> u64 {

@@ -22,6 +22,7 @@ macro_rules! files {
 const HEADERS: &[(&str, &str)] = files![
     "activation.cuh",
     "attention.cuh",
+    "bulk.cuh",
     "common.cuh",
     "formats.cuh",
     "half.cuh",
@@ -34,11 +35,13 @@ const HEADERS: &[(&str, &str)] = files![
     "slot.cuh",
     "tensor.cuh",
     "tile.cuh",
+    "tma.cuh",
     "wgmma.cuh",
 ];
 
 const SOURCES: &[(&str, &str)] = files![
     "attention.cu",
+    "bulk.cu",
     "combine.cu",
     "decode.cu",
     "elementwise.cu",
@@ -55,7 +58,7 @@ const SOURCES: &[(&str, &str)] = files![
     "slot.cu",
 ];
 
-/// The architecture whose tensor cores `hopper.cu` is for: with the `a`, what later ones don't have.
+/// The architecture whose tensor cores `bulk.cu` and `hopper.cu` are for: with the `a`, what later ones don't have.
 const HOPPER: &str = "sm_90a";
 
 /// What the emulated driver calls its device. It has the kernels compiled in.
@@ -77,7 +80,7 @@ impl Unit {
             let file = name.trim_end_matches(".cu");
             let formats: &[DType] = match file {
                 "attention" => &[DType::F32, DType::F16, DType::BF16],
-                "decode" | "prefill" => &[DType::F16, DType::BF16],
+                "bulk" | "decode" | "prefill" => &[DType::F16, DType::BF16],
                 "embed" | "linear" => &DType::ALL,
                 // Tensor cores take all but the first, F32.
                 "hopper" | "matmul" => &DType::ALL[1..],
@@ -93,7 +96,7 @@ impl Unit {
 
     /// Whether it compiles for an architecture: what is for the tensor cores of one does for no other.
     pub fn is_for(self, architecture: &str) -> bool {
-        self.file != "hopper" || architecture == HOPPER
+        !["bulk", "hopper"].contains(&self.file) || architecture == HOPPER
     }
 
     fn source(self) -> Result<Source<'static>> {
@@ -193,7 +196,7 @@ impl Kernels {
         self.modules[&unit].kernel(&full_name)
     }
 
-    /// Whether products of many rows are those of `hopper.cu`.
+    /// Whether products of many rows are those of `hopper.cu` and `bulk.cu`.
     pub fn is_hopper(&self) -> bool {
         self.architecture == HOPPER && !self.emulated && !self.portable
     }

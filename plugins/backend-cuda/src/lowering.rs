@@ -16,7 +16,7 @@ use crate::layout::Layout;
 use crate::ops::{self, Op, Operand};
 use crate::plan::{PARTIALS_BYTES, PendingAttention};
 use crate::product::{
-    Dense, ExpertRows, HOPPER_TILES, Half, Halves, Output, PORTABLE_TILES, Product, ProductKernels, Shares,
+    BULK_TILES, Dense, ExpertRows, HOPPER_TILES, Half, Halves, Output, PORTABLE_TILES, Product, ProductKernels, Shares,
 };
 use crate::step::Tiling;
 use crate::storage::stride;
@@ -180,14 +180,18 @@ impl Lowering<'_, '_> {
             }
         };
         let half = Half::of(dtype, x.cols);
+        let halves = half.and_then(|half| self.layout.halves(unit.inputs[0], half));
+        let sizes = [self.most_rows(unit.rows), out.floats.cols, x.cols];
+        let bulk = halves.map_or(Ok(None), |halves| self.bulk(dtype, weights, sizes, halves))?;
+        let kernels = self.product_kernels(dtype, x.cols, bulk)?;
         let op = Product {
-            kernels: self.product_kernels(dtype, x.cols)?,
+            kernels,
             weights,
             bias,
             activation,
             residual: product.residual.map(|value| self.value(value)),
             x,
-            halves: half.and_then(|half| self.layout.halves(unit.inputs[0], half)),
+            halves,
             out,
             shares: self.shares()?,
             experts: None,
@@ -195,10 +199,13 @@ impl Lowering<'_, '_> {
         Ok((Op::Product(Box::new(op)), left))
     }
 
-    fn product_kernels(&mut self, dtype: DType, cols: usize) -> Result<ProductKernels> {
+    /// The kernels for weights in `dtype`; `bulk` are those that only this product has.
+    fn product_kernels(&mut self, dtype: DType, cols: usize, bulk: Option<Dense>) -> Result<ProductKernels> {
         let unit = kernels::Unit { file: "linear", format: Some(dtype) };
         let [one, few, many] = ["one", "few", "many"].map(|name| self.kernels.get(unit, &format!("linear_{name}")));
-        let dense = if self.batch_invariant || Half::of(dtype, cols).is_none() {
+        let dense = if bulk.is_some() {
+            bulk
+        } else if self.batch_invariant || Half::of(dtype, cols).is_none() {
             None
         } else {
             let (file, tiles) =
@@ -208,9 +215,37 @@ impl Lowering<'_, '_> {
                 let kernel = self.kernels.get(unit, &format!("{file}_{}", tile.name))?;
                 kernel.allow_shared(tile.shared_bytes()).map(|()| kernel)
             });
-            Some(Dense { tiles, kernels: kernels.collect::<Result<_>>()? })
+            Some(Dense { tiles, kernels: kernels.collect::<Result<_>>()?, maps: Vec::new() })
         };
         Ok(ProductKernels { one: one?, few: few?, many: many?, dense })
+    }
+
+    /// The kernels for weights of `outs` by `cols` in halves on Hopper, for at most `rows` rows; none for others.
+    fn bulk(
+        &mut self,
+        dtype: DType,
+        weights: [u64; 2],
+        [rows, outs, cols]: [usize; 3],
+        x: Halves,
+    ) -> Result<Option<Dense>> {
+        if !self.kernels.is_hopper() || !matches!(dtype, DType::F16 | DType::BF16) {
+            return Ok(None);
+        }
+        let [first, second] = if weights[1] == 0 { [weights[0]; 2] } else { weights };
+        let of_block = if weights[1] == 0 { 1 } else { 2 };
+        let unit = kernels::Unit { file: "bulk", format: Some(dtype) };
+        let mut dense = Dense { tiles: BULK_TILES, kernels: Vec::new(), maps: Vec::new() };
+        for tile in BULK_TILES {
+            let kernel = self.kernels.get(unit, &format!("bulk_{}", tile.name))?;
+            kernel.allow_shared(tile.shared_bytes())?;
+            dense.kernels.push(kernel);
+            let of_box = tile.outputs / of_block;
+            let map =
+                |address| self.device.tensor_map(Halves { address, stride: cols, half: x.half }, outs, cols, of_box);
+            let of_rows = self.device.tensor_map(x, rows, cols, tile.tokens / tile.cluster)?;
+            dense.maps.push([of_rows, map(first)?, map(second)?]);
+        }
+        Ok(Some(dense))
     }
 
     fn shares(&mut self) -> Result<Shares> {
@@ -421,7 +456,7 @@ impl Lowering<'_, '_> {
         let most_parts = self.model_len.div_ceil(attention::PART_TOKENS);
         let len = (busy_blocks * attention::TILE_QUERIES * most_parts * (v_dim + 2)).min(PARTIALS_BYTES / 4);
         let blocks = Decode::most_blocks(Decode::slots(self.device.multiprocessors()?));
-        let len = len.max(blocks * attention::DECODE_QUERIES * (v_dim + 2));
+        let len = len.max(blocks * attention::DECODE_QUERIES * (v_dim + 4));
         match self.partials {
             Some(found) if found.1 >= len => Ok(found),
             _ => {
@@ -464,7 +499,7 @@ impl Lowering<'_, '_> {
         let inner = half.map(|half| Halves { address: scratch.halves, stride: stride(ffn), half });
         let plain = |address| Output { floats: wide(address), halves: None, keeps_floats: true };
         let product = |lowering: &mut Self, dtype, weights, x: Operand, halves, out| {
-            let kernels = lowering.product_kernels(dtype, x.cols)?;
+            let kernels = lowering.product_kernels(dtype, x.cols, None)?;
             let experts = Some(of_rows);
             let bias = [0; 2];
             Ok::<_, Error>(Product {

@@ -156,7 +156,7 @@ pub fn lower(
     let logits = lowering.layout.value(logits);
     let Lowering { tilings, attention, memory, .. } = lowering;
     // Hopper's are as good at bringing weights for one row as for many, if they needn't be decoded.
-    let are_halves = weights_of(&units).iter().all(|&id| matches!(weights.dtype(id), DType::F16 | DType::BF16));
+    let are_halves = units.iter().flat_map(weights_of).all(|id| matches!(weights.dtype(id), DType::F16 | DType::BF16));
     let dense_rows = if dense_file == "hopper" && are_halves { 1 } else { FEW_ROWS + 1 };
     let plan =
         Plan { tokens: token_ops, wanted: wanted_ops, logits, wants, tilings, batch_invariant, dense_rows, memory };
@@ -178,11 +178,15 @@ fn needed(
             needed.push(unit);
         }
     };
-    for id in weights_of(units) {
-        let (dtype, cols) = (weights.dtype(id), graph.weight(id).shape.last().copied().unwrap_or(0));
-        add("linear", Some(dtype));
-        if let Some(file) = dense.filter(|_| Half::of(dtype, cols).is_some()) {
-            add(file, Some(dtype));
+    for unit in units {
+        let is_alone = matches!(unit.kind, Kind::Product(_));
+        for id in weights_of(unit) {
+            let (dtype, cols) = (weights.dtype(id), graph.weight(id).shape.last().copied().unwrap_or(0));
+            let is_half = matches!(dtype, DType::F16 | DType::BF16);
+            add("linear", Some(dtype));
+            if let Some(file) = dense.filter(|_| Half::of(dtype, cols).is_some()) {
+                add(if file == "hopper" && is_alone && is_half { "bulk" } else { file }, Some(dtype));
+            }
         }
     }
     if kv_dtype.is_float() && !graph.kv_layers.is_empty() {
@@ -196,16 +200,15 @@ fn needed(
     needed
 }
 
-/// The weights that products multiply with.
-fn weights_of(units: &[Unit<'_>]) -> Vec<WeightId> {
-    let of_unit = |unit: &Unit<'_>| match &unit.kind {
+/// The weights that a unit's products multiply with.
+fn weights_of(unit: &Unit<'_>) -> Vec<WeightId> {
+    match &unit.kind {
         Kind::Product(product) => {
             product.linears.iter().filter_map(|node| fuse::weight_of(node)).map(|(id, _)| id).collect()
         }
         Kind::Node(Node { op: op @ GraphOp::Experts { .. }, .. }) => op.weights(),
         _ => Vec::new(),
-    };
-    units.iter().flat_map(of_unit).collect()
+    }
 }
 
 /// The halves that a unit reads its first input in on tensor cores.

@@ -7,7 +7,7 @@
 use setu_core::DType;
 use setu_core::Result;
 
-use crate::gpu::{Arguments, Kernel, Shape};
+use crate::gpu::{Arguments, Kernel, Shape, TensorMap};
 use crate::ops::{Operand, Pass};
 
 /// Most rows that don't go to tensor cores, where those aren't as good at few.
@@ -86,6 +86,9 @@ pub struct Dense {
     pub tiles: &'static [Tile],
     /// In the order of the tiles.
     pub kernels: Vec<Kernel>,
+    /// Where tiles are copied by their maps, for each tile those of the rows and of the weights: twice the same where there
+    /// is one matrix.
+    pub maps: Vec<[TensorMap; 3]>,
 }
 
 /// A tile of the kernels in `matmul.cu` or `hopper.cu`.
@@ -98,24 +101,39 @@ pub struct Tile {
     stages: usize,
     /// Columns of a stage.
     depth: usize,
+    /// Blocks that share their tokens.
+    pub cluster: usize,
     /// Blocks that a multiprocessor has room for.
     blocks: usize,
 }
 
 /// Those of `matmul.cu`, by tokens.
 pub const PORTABLE_TILES: &[Tile] = &[
-    Tile { name: "narrow", tokens: 16, outputs: 64, threads: 128, stages: 6, depth: 32, blocks: 4 },
-    Tile { name: "middle", tokens: 64, outputs: 64, threads: 128, stages: 4, depth: 32, blocks: 3 },
-    Tile { name: "wide", tokens: 128, outputs: 128, threads: 256, stages: 4, depth: 32, blocks: 2 },
+    Tile { name: "narrow", tokens: 16, outputs: 64, threads: 128, stages: 6, depth: 32, cluster: 1, blocks: 4 },
+    Tile { name: "middle", tokens: 64, outputs: 64, threads: 128, stages: 4, depth: 32, cluster: 1, blocks: 3 },
+    Tile { name: "wide", tokens: 128, outputs: 128, threads: 256, stages: 4, depth: 32, cluster: 1, blocks: 2 },
 ];
 
 /// Those of `hopper.cu`.
 pub const HOPPER_TILES: &[Tile] = &[
-    Tile { name: "slim", tokens: 16, outputs: 64, threads: 128, stages: 8, depth: 64, blocks: 2 },
-    Tile { name: "small", tokens: 64, outputs: 128, threads: 256, stages: 4, depth: 64, blocks: 2 },
-    Tile { name: "even", tokens: 128, outputs: 128, threads: 256, stages: 6, depth: 64, blocks: 1 },
-    Tile { name: "large", tokens: 256, outputs: 128, threads: 256, stages: 4, depth: 64, blocks: 1 },
+    Tile { name: "slim", tokens: 16, outputs: 64, threads: 128, stages: 8, depth: 64, cluster: 1, blocks: 2 },
+    Tile { name: "small", tokens: 64, outputs: 128, threads: 256, stages: 4, depth: 64, cluster: 1, blocks: 2 },
+    Tile { name: "even", tokens: 128, outputs: 128, threads: 256, stages: 6, depth: 64, cluster: 1, blocks: 1 },
+    Tile { name: "large", tokens: 256, outputs: 128, threads: 256, stages: 4, depth: 64, cluster: 1, blocks: 1 },
 ];
+
+/// Those of `bulk.cu`. Their threads are those that multiply, and a warp that copies.
+pub const BULK_TILES: &[Tile] = &[
+    Tile { name: "slim", tokens: 16, outputs: 64, threads: 160, stages: 10, depth: 64, cluster: 1, blocks: 2 },
+    Tile { name: "small", tokens: 64, outputs: 128, threads: 288, stages: 4, depth: 64, cluster: 2, blocks: 2 },
+    Tile { name: "even", tokens: 128, outputs: 128, threads: 288, stages: 3, depth: 64, cluster: 2, blocks: 2 },
+    Tile { name: "large", tokens: 256, outputs: 128, threads: 288, stages: 4, depth: 64, cluster: 2, blocks: 1 },
+];
+
+/// All tiles that there are.
+fn all_tiles() -> impl Iterator<Item = &'static Tile> {
+    PORTABLE_TILES.iter().chain(HOPPER_TILES).chain(BULK_TILES)
+}
 
 /// Fewest columns that are worth a block of their own.
 const LEAST_COLS: usize = 256;
@@ -128,7 +146,7 @@ impl Tile {
     }
 
     fn tiles(&self, rows: usize, outputs: usize) -> usize {
-        rows.div_ceil(self.tokens) * outputs.div_ceil(self.outputs)
+        rows.div_ceil(self.tokens) * outputs.div_ceil(self.outputs).next_multiple_of(self.cluster)
     }
 }
 
@@ -145,12 +163,12 @@ impl Shares {
     /// Floats that the device's blocks leave at most.
     pub fn floats(multiprocessors: usize) -> usize {
         let most = |tile: &Tile| tile.blocks * tile.tokens * tile.outputs;
-        multiprocessors * PORTABLE_TILES.iter().chain(HOPPER_TILES).map(most).max().unwrap_or(0)
+        multiprocessors * all_tiles().map(most).max().unwrap_or(0)
     }
 
     /// Tiles that are shared at most.
     pub fn counters(multiprocessors: usize) -> usize {
-        multiprocessors * PORTABLE_TILES.iter().chain(HOPPER_TILES).map(|tile| tile.blocks).max().unwrap_or(0)
+        multiprocessors * all_tiles().map(|tile| tile.blocks).max().unwrap_or(0)
     }
 }
 
@@ -221,9 +239,12 @@ impl Product {
             let &Tile { tokens, outputs, threads, .. } = tile;
             // One expert may have all rows.
             let blocks = if self.experts.is_some() { copies } else { shares };
-            let grid = (pass.rows.div_ceil(tokens), in_tiles.div_ceil(outputs), blocks);
-            let shape = Shape::new(grid, threads).shared(tile.shared_bytes());
-            return pass.launch(&dense.kernels[index], shape, self.arguments(pass, Some(halves)));
+            let across = in_tiles.div_ceil(outputs).next_multiple_of(tile.cluster);
+            let shape = Shape::new((pass.rows.div_ceil(tokens), across, blocks), threads).shared(tile.shared_bytes());
+            let arguments = self.arguments(pass, Some(halves));
+            let maps = dense.maps.get(index).into_iter().flatten();
+            let arguments = maps.fold(arguments, |arguments, map| arguments.structure(&map.0));
+            return pass.launch(&dense.kernels[index], shape, arguments);
         }
         let (kernel, at_a_time) = match pass.rows {
             1 => (&self.kernels.one, 1),
@@ -277,7 +298,7 @@ mod tests {
     #[test]
     fn shared_tiles_have_room_for_their_sums() {
         for multiprocessors in [4, 108, 132] {
-            for tiles in [PORTABLE_TILES, HOPPER_TILES] {
+            for tiles in [PORTABLE_TILES, HOPPER_TILES, BULK_TILES] {
                 for rows in [5, 16, 17, 64, 65, 128, 500, 8192] {
                     for outputs in [3, 64, 1000, 4096, 28672, 128_256] {
                         for cols in [32, 256, 4096, 14336] {

@@ -12,8 +12,8 @@ use setu_testkit::weights::WeightSet;
 const VOCAB: usize = 60;
 const HIDDEN: usize = 256;
 
-/// Siblings with biases, a gate, and residuals; widths that no tile divides.
-fn graph() -> Result<Graph> {
+/// Siblings with biases, a gate, and residuals; widths that no tile divides. `inner` is the width of the feed-forward.
+fn graph(inner: usize) -> Result<Graph> {
     let mut g = GraphBuilder::new("dense", VOCAB as u32, 320);
     let linear = |g: &mut GraphBuilder, name: &str, x, out, cols, biased: bool| {
         let weight = g.weight(name, name, &[out, cols], Shard::Replicated);
@@ -31,10 +31,10 @@ fn graph() -> Result<Graph> {
     let inner = g.node("inner", setu_core::graph::Op::Mul, &[left, right])?[0];
     let back = linear(&mut g, "back", inner, HIDDEN, 512, true)?;
     let x = g.add("add", x, back)?;
-    let gate = linear(&mut g, "gate", x, 512, HIDDEN, true)?;
-    let up = linear(&mut g, "up", x, 512, HIDDEN, false)?;
+    let gate = linear(&mut g, "gate", x, inner, HIDDEN, true)?;
+    let up = linear(&mut g, "up", x, inner, HIDDEN, false)?;
     let gated = g.gated("gated", ActivationKind::Silu, gate, up)?;
-    let down = linear(&mut g, "down", gated, HIDDEN, 512, false)?;
+    let down = linear(&mut g, "down", gated, HIDDEN, inner, false)?;
     let x = g.add("add_2", down, x)?;
     let x = g.select("select", x)?;
     let single = g.select("select_single", single)?;
@@ -47,14 +47,16 @@ fn graph() -> Result<Graph> {
 
 #[test]
 fn tiles_of_every_size_compute_the_same() {
-    let graph = graph().unwrap();
+    let on_gpu = std::env::var_os("SETU_TEST_GPU").is_some();
+    // Wide enough for the largest tiles to be worth it on a large GPU.
+    let graph = graph(if on_gpu { 4352 } else { 512 }).unwrap();
     for dtype in [DType::BF16, DType::F16, DType::Q8_0, DType::Q4K] {
         let weights = WeightSet::random(&graph, dtype, 4);
         let mut options = CompileOptions::new(300, 8, 320);
         options.kv_dtype = DType::F32;
         // The two are one where there are no kernels for just this GPU.
         let backends = [common::backend(), common::portable()];
-        for mut backend in backends.into_iter().take(if std::env::var_os("SETU_TEST_GPU").is_some() { 2 } else { 1 }) {
+        for mut backend in backends.into_iter().take(if on_gpu { 2 } else { 1 }) {
             let exec = backend.compile(&graph, &weights.data(), &options).unwrap();
             let mut rig = Rig::of(&graph, exec, options.clone());
             let tokens = rig.rng.tokens(290, graph.vocab_size);
