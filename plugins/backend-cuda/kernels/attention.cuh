@@ -58,3 +58,18 @@ struct Pages {
     u64 page_bytes, k_at, v_at;
     int page_tokens, heads, k_dim, k_padded, v_dim;
 };
+
+// In which page a position lies, and where in it: by shifts where a page's tokens are a power of two, as they mostly are.
+struct Paging {
+    int tokens, bits;
+
+    __device__ __forceinline__ explicit Paging(int page_tokens)
+        : tokens(page_tokens), bits((page_tokens & (page_tokens - 1)) == 0 ? __ffs(page_tokens) - 1 : -1) {}
+
+    __device__ __forceinline__ int page(int position) const {
+        return bits >= 0 ? position >> bits : position / tokens;
+    }
+    __device__ __forceinline__ int place(int position) const {
+        return bits >= 0 ? position & (tokens - 1) : position % tokens;
+    }
+};

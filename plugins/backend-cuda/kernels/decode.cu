@@ -24,11 +24,12 @@ struct Cells {
     Pages pages;
     const u32 *row_pages;
     int skipped, kv_head, seen_from, seen_to;
+    Paging paging;
     // Whether no step lies in two pages.
     bool aligned;
 
     __device__ __forceinline__ const u8 *page_of(int position) const {
-        return pages.start + row_pages[position / pages.page_tokens - skipped] * pages.page_bytes;
+        return pages.start + row_pages[paging.page(position) - skipped] * pages.page_bytes;
     }
 
     __device__ __forceinline__ bool sees(int position) const { return position >= seen_from && position <= seen_to; }
@@ -44,7 +45,7 @@ struct Cells {
             return;
         }
         const u8 *page = page_of_step(begin);
-        int pieces = pages.k_padded / 8, place = begin % pages.page_tokens, lane = lane_of_thread();
+        int pieces = pages.k_padded / 8, place = paging.place(begin), lane = lane_of_thread();
         size_t of_head = static_cast<size_t>(kv_head) * pages.page_tokens;
         for (int line = lane; line < 2 * pieces; line += 32) {
             size_t piece = of_head * pieces + static_cast<size_t>(line / 2) * pages.page_tokens + place;
@@ -67,7 +68,7 @@ struct Cells {
             const u8 *from = nullptr;
             if (seen) {
                 from = (page ? page : page_of(position)) + pages.k_at +
-                       (static_cast<size_t>(kv_head) * pieces * pages.page_tokens + position % pages.page_tokens) * 16;
+                       (static_cast<size_t>(kv_head) * pieces * pages.page_tokens + paging.place(position)) * 16;
             }
 #pragma unroll
             for (int t = 0; t < HEAD / 32; t++) {
@@ -91,7 +92,7 @@ struct Cells {
             const u8 *from = nullptr;
             if (seen) {
                 from = (page ? page : page_of(position)) + pages.v_at +
-                       (static_cast<size_t>(kv_head) * pages.page_tokens + position % pages.page_tokens) * pages.v_dim * 2;
+                       (static_cast<size_t>(kv_head) * pages.page_tokens + paging.place(position)) * pages.v_dim * 2;
             }
 #pragma unroll
             for (int t = 0; t < HEAD / 64; t++) {
@@ -166,7 +167,8 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
     int first_position = static_cast<int>(row_positions[row]);
     auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
     Cells cells = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
-                       first_seen(position_of(0), window), position_of(queries - 1), pages.page_tokens % STEP == 0};
+                       first_seen(position_of(0), window), position_of(queries - 1),
+                   Paging(pages.page_tokens), pages.page_tokens % STEP == 0};
     int first_step = cells.seen_from / STEP, steps = cells.seen_to / STEP - first_step + 1;
     int lane = lane_of_thread(), warp = warp_of_thread();
     int step = first_step + static_cast<int>(static_cast<u64>(steps) * blockIdx.z / shares) + warp;

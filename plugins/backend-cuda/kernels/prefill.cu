@@ -15,6 +15,7 @@
 
 // Queries of a block, 16 for each of its warps, and positions at a time.
 constexpr int TILE_QUERIES = 64;
+constexpr int PREFILL_THREADS = TILE_QUERIES / 16 * 32;
 constexpr int KEYS = 64;
 
 // Where piece `piece` of row `row` lies in a tile with rows of HEAD halves: eight rows lie in different banks.
@@ -32,31 +33,41 @@ struct Context {
     Pages pages;
     const u32 *row_pages;
     int skipped, kv_head, seen_from, seen_to;
+    Paging paging;
 
     __device__ __forceinline__ const u8 *page_of(int position) const {
-        return pages.start + row_pages[position / pages.page_tokens - skipped] * pages.page_bytes;
+        return pages.start + row_pages[paging.page(position) - skipped] * pages.page_bytes;
     }
 
-    // Starts to copy the keys and values of the positions from `begin` on.
+    __device__ __forceinline__ bool sees(int position) const { return position >= seen_from && position <= seen_to; }
+
+    // Starts to copy the keys and values of the positions from `begin` on. A thread has one position's keys, and one piece
+    // of several positions' values, so that neighbours read neighbouring memory.
     template <int HEAD> __device__ __forceinline__ void fetch(int begin, u16 *keys, u16 *values) const {
+        constexpr int k_step = PREFILL_THREADS / KEYS, v_step = PREFILL_THREADS / (HEAD / 8);
         int k_pieces = pages.k_padded / 8, v_pieces = pages.v_dim / 8;
-        for (int i = threadIdx.x; i < KEYS * HEAD / 8; i += blockDim.x) {
-            int row = i % KEYS, piece = i / KEYS, position = begin + row;
-            bool exists = position >= seen_from && position <= seen_to && piece < k_pieces;
-            const u8 *from = pages.start;
-            if (exists) {
-                size_t at = static_cast<size_t>(kv_head * k_pieces + piece) * pages.page_tokens;
-                from = page_of(position) + pages.k_at + (at + position % pages.page_tokens) * 16;
-            }
-            copy_async(keys + head_piece<HEAD>(row, piece), from, exists);
+        int row = threadIdx.x % KEYS, piece = threadIdx.x / KEYS, position = begin + row;
+        bool seen = sees(position);
+        size_t apart = static_cast<size_t>(pages.page_tokens) * 16;
+        const u8 *from = pages.start;
+        if (seen) {
+            from = page_of(position) + pages.k_at + paging.place(position) * 16 + (kv_head * k_pieces + piece) * apart;
         }
-        for (int i = threadIdx.x; i < KEYS * HEAD / 8; i += blockDim.x) {
-            int row = i / (HEAD / 8), piece = i % (HEAD / 8), position = begin + row;
-            bool exists = position >= seen_from && position <= seen_to && piece < v_pieces;
+#pragma unroll
+        for (; piece < HEAD / 8; piece += k_step) {
+            bool exists = seen && piece < k_pieces;
+            copy_async(keys + head_piece<HEAD>(row, piece), exists ? from : pages.start, exists);
+            from += k_step * apart;
+        }
+        piece = threadIdx.x % (HEAD / 8);
+        size_t of_head = static_cast<size_t>(kv_head) * pages.page_tokens;
+#pragma unroll
+        for (row = threadIdx.x / (HEAD / 8); row < KEYS; row += v_step) {
+            position = begin + row;
+            bool exists = sees(position) && piece < v_pieces;
             const u8 *from = pages.start;
             if (exists) {
-                size_t at = static_cast<size_t>(kv_head) * pages.page_tokens + position % pages.page_tokens;
-                from = page_of(position) + pages.v_at + (at * v_pieces + piece) * 16;
+                from = page_of(position) + pages.v_at + ((of_head + paging.place(position)) * v_pieces + piece) * 16;
             }
             copy_async(values + head_piece<HEAD>(row, piece), from, exists);
         }
@@ -80,7 +91,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
     int first_position = static_cast<int>(row_positions[row]);
     auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
     Context context = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
-                       first_seen(position_of(0), window), position_of(queries - 1)};
+                       first_seen(position_of(0), window), position_of(queries - 1), Paging(pages.page_tokens)};
 
     DYNAMIC_SHARED(u16, shared);
     u16 *query = shared, *keys = query + TILE_QUERIES * HEAD, *values = keys + 2 * KEYS * HEAD;

@@ -12,8 +12,8 @@ use setu_testkit::weights::WeightSet;
 const VOCAB: usize = 60;
 const HIDDEN: usize = 256;
 
-/// Siblings with biases, a gate, and residuals; widths that no tile divides. `inner` is the width of the feed-forward.
-fn graph(inner: usize) -> Result<Graph> {
+/// Siblings with biases, a gate, and residuals; widths that no tile divides. `width` is that of the feed-forward.
+fn graph(width: usize) -> Result<Graph> {
     let mut g = GraphBuilder::new("dense", VOCAB as u32, 320);
     let linear = |g: &mut GraphBuilder, name: &str, x, out, cols, biased: bool| {
         let weight = g.weight(name, name, &[out, cols], Shard::Replicated);
@@ -31,10 +31,10 @@ fn graph(inner: usize) -> Result<Graph> {
     let inner = g.node("inner", setu_core::graph::Op::Mul, &[left, right])?[0];
     let back = linear(&mut g, "back", inner, HIDDEN, 512, true)?;
     let x = g.add("add", x, back)?;
-    let gate = linear(&mut g, "gate", x, inner, HIDDEN, true)?;
-    let up = linear(&mut g, "up", x, inner, HIDDEN, false)?;
+    let gate = linear(&mut g, "gate", x, width, HIDDEN, true)?;
+    let up = linear(&mut g, "up", x, width, HIDDEN, false)?;
     let gated = g.gated("gated", ActivationKind::Silu, gate, up)?;
-    let down = linear(&mut g, "down", gated, HIDDEN, inner, false)?;
+    let down = linear(&mut g, "down", gated, HIDDEN, width, false)?;
     let x = g.add("add_2", down, x)?;
     let x = g.select("select", x)?;
     let single = g.select("select_single", single)?;
