@@ -117,7 +117,10 @@ if wants sanitizer && command -v compute-sanitizer >/dev/null; then
 fi
 if wants start; then
   step "from start to the first token, with kernels to compile and without"
-  start() { "$folder/setu" run --model "${models[-1]}" --model.load_format dummy --model.max_model_len 128 --raw --timings --max-tokens 1 "a"; }
+  start() {
+    SETU_CACHE=$folder/cold "$folder/setu" run --model "${models[-1]}" --model.load_format dummy \
+      --model.max_model_len 128 --raw --timings --max-tokens 1 "a"
+  }
   run start_cold start
   run start_warm start
 fi

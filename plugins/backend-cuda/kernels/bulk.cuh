@@ -31,10 +31,7 @@ template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile {
     static_assert(stage_bytes % 1024 == 0 && TOKENS / CLUSTER % 8 == 0 && OUTPUTS % 64 == 0, "tiles begin where they may");
 };
 
-typedef BulkTile<16, 64, 10, 1> BulkSlim;
-typedef BulkTile<64, 128, 4, 2> BulkSmall;
-typedef BulkTile<128, 128, 3, 2> BulkEven;
-typedef BulkTile<256, 128, 4, 2> BulkLarge;
+typedef BulkTile<256, 128, 4, 2> Bulk;
 
 // Blocks in x are tiles of tokens, in y of outputs, whole clusters of them; in z those that share a tile.
 template <Half HALF, class TILE>

@@ -22,6 +22,7 @@ typedef unsigned long long u64;
 #define DENSE_KERNEL_OF(threads, blocks, name, ...)                                                                    \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 #define INFINITY_F __int_as_float(0x7f800000)
+#define NOT_INLINED __noinline__
 #else
 #define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(cuemu::dynamic_shared)
 #define KERNEL(name, ...)                                                                                              \
@@ -32,6 +33,7 @@ typedef unsigned long long u64;
 #define DENSE_KERNEL_OF(threads, blocks, name, ...) NAMED_KERNEL(name, __VA_ARGS__)
 #define NAMED_KERNEL(name, ...) KERNEL(name, __VA_ARGS__)
 #define INFINITY_F __builtin_inff()
+#define NOT_INLINED __attribute__((noinline))
 #endif
 
 #define JOIN_(a, b) a##_##b

@@ -19,90 +19,74 @@ constexpr int DECODE_QUERIES = 16;
 constexpr int DECODE_WARPS = 4;
 constexpr int STEP = 16;
 
-// Where a row's keys and values are.
+// Where a row's keys and values are. Pages hold whole steps.
 struct Cells {
     Pages pages;
     const u32 *row_pages;
-    int skipped, kv_head, seen_from, seen_to;
+    int skipped, seen_from, seen_to;
     Paging paging;
-    // Whether no step lies in two pages.
-    bool aligned;
-
-    __device__ __forceinline__ const u8 *page_of(int position) const {
-        return pages.start + row_pages[paging.page(position) - skipped] * pages.page_bytes;
-    }
+    // In a page, where this KV head's keys and values begin.
+    u64 keys_at, values_at;
 
     __device__ __forceinline__ bool sees(int position) const { return position >= seen_from && position <= seen_to; }
 
-    // The page of the step at `begin`, if it is one.
-    __device__ __forceinline__ const u8 *page_of_step(int begin) const {
-        return aligned ? page_of(min(max(begin, seen_from), seen_to)) : nullptr;
+    // The page of the step at `begin`, of which something is seen.
+    __device__ __forceinline__ const u8 *page_of(int begin) const {
+        int page = paging.page(min(max(begin, seen_from), seen_to)) - skipped;
+        return pages.start + row_pages[page] * pages.page_bytes;
     }
 
-    // Asks for the keys and values of a step: a line for each lane.
-    template <int HEAD> __device__ __forceinline__ void prefetch_step(int begin) const {
-        if (!aligned || begin > seen_to) {
-            return;
+    // Asks for the keys and values of a step: a line of each for each lane.
+    __device__ __forceinline__ void prefetch_step(int begin) const {
+        const u8 *page = page_of(begin);
+        int place = paging.place(begin), lane = lane_of_thread();
+        if (lane / 2 < pages.k_padded / 8) {
+            prefetch(page + keys_at + (lane / 2 * pages.page_tokens + place) * 16 + lane % 2 * 128);
         }
-        const u8 *page = page_of_step(begin);
-        int pieces = pages.k_padded / 8, place = paging.place(begin), lane = lane_of_thread();
-        size_t of_head = static_cast<size_t>(kv_head) * pages.page_tokens;
-        for (int line = lane; line < 2 * pieces; line += 32) {
-            size_t piece = of_head * pieces + static_cast<size_t>(line / 2) * pages.page_tokens + place;
-            prefetch(page + pages.k_at + piece * 16 + line % 2 * 128);
-        }
-        const u8 *values = page + pages.v_at + (of_head + place) * pages.v_dim * 2;
-        for (int at = lane * 128; at < STEP * pages.v_dim * 2; at += 32 * 128) {
-            prefetch(values + at);
+        if (lane * 64 < STEP * pages.v_dim) {
+            prefetch(page + values_at + place * pages.v_dim * 2 + lane * 128);
         }
     }
 
     // Of keys `lane / 4` and `lane / 4 + 8` of a step, every fourth piece.
     template <int HEAD> __device__ __forceinline__ void load_keys(int begin, uint4 (&keys)[2][HEAD / 32]) const {
-        int lane = lane_of_thread(), pieces = pages.k_padded / 8;
-        const u8 *page = page_of_step(begin);
+        int lane = lane_of_thread(), first = lane % 4, left = pages.k_padded / 8 - first;
+        const u8 *from = page_of(begin) + keys_at + (first * pages.page_tokens + paging.place(begin) + lane / 4) * 16;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int position = begin + lane / 4 + 8 * i;
-            bool seen = sees(position);
-            const u8 *from = nullptr;
-            if (seen) {
-                from = (page ? page : page_of(position)) + pages.k_at +
-                       (static_cast<size_t>(kv_head) * pieces * pages.page_tokens + paging.place(position)) * 16;
-            }
+            bool seen = sees(begin + lane / 4 + 8 * i);
 #pragma unroll
             for (int t = 0; t < HEAD / 32; t++) {
-                int piece = 4 * t + lane % 4;
                 uint4 none = {0, 0, 0, 0};
-                keys[i][t] = seen && piece < pieces
-                                 ? *reinterpret_cast<const uint4 *>(from + static_cast<size_t>(piece) * pages.page_tokens * 16)
-                                 : none;
+                const uint4 *piece = reinterpret_cast<const uint4 *>(from + (4 * t * pages.page_tokens + 8 * i) * 16);
+                keys[i][t] = seen && 4 * t < left ? *piece : none;
             }
         }
     }
 
     // Of the four positions whose terms this lane has, columns `8 × (lane / 4)` on of every 64.
     template <int HEAD> __device__ __forceinline__ void load_values(int begin, uint4 (&values)[4][HEAD / 64]) const {
-        int lane = lane_of_thread();
-        const u8 *page = page_of_step(begin);
+        int lane = lane_of_thread(), first = lane % 4 * 2, left = pages.v_dim - lane / 4 * 8;
+        int place = paging.place(begin) + first;
+        const u8 *from = page_of(begin) + values_at + (place * pages.v_dim + lane / 4 * 8) * 2;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int position = begin + lane % 4 * 2 + i % 2 + i / 2 * 8;
-            bool seen = sees(position);
-            const u8 *from = nullptr;
-            if (seen) {
-                from = (page ? page : page_of(position)) + pages.v_at +
-                       (static_cast<size_t>(kv_head) * pages.page_tokens + paging.place(position)) * pages.v_dim * 2;
-            }
+            int behind = i % 2 + i / 2 * 8;
+            bool seen = sees(begin + first + behind);
 #pragma unroll
             for (int t = 0; t < HEAD / 64; t++) {
-                int column = 64 * t + lane / 4 * 8;
                 uint4 none = {0, 0, 0, 0};
-                values[i][t] = seen && column < pages.v_dim ? *reinterpret_cast<const uint4 *>(from + 2 * column) : none;
+                const uint4 *piece = reinterpret_cast<const uint4 *>(from + (behind * pages.v_dim + 64 * t) * 2);
+                values[i][t] = seen && 64 * t < left ? *piece : none;
             }
         }
     }
 };
+
+// Of steps that several blocks share, where the share of block `index` of `count` begins.
+__device__ __forceinline__ int share_begin(int steps, int index, int count) {
+    return static_cast<int>(static_cast<u32>(steps) * static_cast<u32>(index) / static_cast<u32>(count));
+}
 
 __device__ __forceinline__ u32 word_of(const uint4 &words, int index) {
     return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
@@ -151,7 +135,7 @@ __device__ __forceinline__ Merged nothing_merged() { return {-INFINITY_F, 0.0f, 
 
 // As `attend` of attention.cu, in tiles of DECODE_QUERIES. Blocks in z are shares; with more than one, `partials` has room
 // for DECODE_QUERIES × (v_dim + 4) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
-// between launches. Heads are at most HEAD columns wide, and those of values a multiple of eight.
+// between launches. A page's tokens are whole steps. Heads are at most HEAD columns wide, and those of values a multiple of eight.
 template <Half HALF, int HEAD>
 __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                            const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
@@ -166,13 +150,19 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
     int kv_head = blockIdx.y, shares = gridDim.z;
     int first_position = static_cast<int>(row_positions[row]);
     auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
-    Cells cells = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
-                       first_seen(position_of(0), window), position_of(queries - 1),
-                   Paging(pages.page_tokens), pages.page_tokens % STEP == 0};
+    int pieces = pages.k_padded / 8;
+    Cells cells = {pages,
+                   table_pages + table_offsets[row],
+                   static_cast<int>(table_skipped[row]),
+                   first_seen(position_of(0), window),
+                   position_of(queries - 1),
+                   Paging(pages.page_tokens),
+                   pages.k_at + static_cast<u64>(kv_head * pieces * pages.page_tokens) * 16,
+                   pages.v_at + static_cast<u64>(kv_head * pages.page_tokens * pages.v_dim) * 2};
     int first_step = cells.seen_from / STEP, steps = cells.seen_to / STEP - first_step + 1;
     int lane = lane_of_thread(), warp = warp_of_thread();
-    int step = first_step + static_cast<int>(static_cast<u64>(steps) * blockIdx.z / shares) + warp;
-    int end = first_step + static_cast<int>(static_cast<u64>(steps) * (blockIdx.z + 1) / shares);
+    int step = first_step + share_begin(steps, blockIdx.z, shares) + warp;
+    int end = first_step + share_begin(steps, blockIdx.z + 1, shares);
 
     uint4 keys[2][HEAD / 32], values[4][HEAD / 64];
     if (step < end) {
@@ -191,12 +181,22 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                              (kv_head * group + number % group) * pages.k_dim;
 #pragma unroll
         for (int t = 0; t < HEAD / 32; t++) {
-            int dim = (4 * t + lane % 4) * 8;
+            int dim = (4 * t + lane % 4) * 8, left = in_tile < queries ? pages.k_dim - dim : 0;
+            float columns[8];
+            if (pages.k_dim % 4 == 0) {
+                float4 none = {0.0f, 0.0f, 0.0f, 0.0f};
+                float4 first = left > 0 ? *reinterpret_cast<const float4 *>(start + dim) : none;
+                float4 second = left > 4 ? *reinterpret_cast<const float4 *>(start + dim + 4) : none;
+                columns[0] = first.x, columns[1] = first.y, columns[2] = first.z, columns[3] = first.w;
+                columns[4] = second.x, columns[5] = second.y, columns[6] = second.z, columns[7] = second.w;
+            } else {
+                for (int i = 0; i < 8; i++) {
+                    columns[i] = i < left ? start[dim + i] : 0.0f;
+                }
+            }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float first = in_tile < queries && dim + 2 * i < pages.k_dim ? start[dim + 2 * i] : 0.0f;
-                float second = in_tile < queries && dim + 2 * i + 1 < pages.k_dim ? start[dim + 2 * i + 1] : 0.0f;
-                query[lower][t][i] = halves_of<HALF>(first, second);
+                query[lower][t][i] = halves_of<HALF>(columns[2 * i], columns[2 * i + 1]);
             }
         }
     }
@@ -219,7 +219,7 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
             cells.load_keys<HEAD>((step + DECODE_WARPS) * STEP, keys);
         }
         if (step + 2 * DECODE_WARPS < end) {
-            cells.prefetch_step<HEAD>((step + 2 * DECODE_WARPS) * STEP);
+            cells.prefetch_step((step + 2 * DECODE_WARPS) * STEP);
         }
         float above[2] = {highest[0], highest[1]};
 #pragma unroll
@@ -228,7 +228,7 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
             for (int j = 0; j < 4; j++) {
                 int position = step * STEP + 8 * i + lane % 4 * 2 + j % 2;
                 float score = scores[i][j] * scale;
-                score = (softcap > 0.0f ? softcap * tanhf(score * inverse_cap) : score) * LOG2_E;
+                score = (softcap > 0.0f ? softcap * short_tanh(score * inverse_cap) : score) * LOG2_E;
                 bool seen = position >= from[j / 2] && position <= to[j / 2];
                 scores[i][j] = seen ? score : -INFINITY_F;
                 above[j / 2] = fmaxf(above[j / 2], scores[i][j]);

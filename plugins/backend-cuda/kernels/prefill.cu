@@ -23,11 +23,6 @@ template <int HEAD> __device__ __forceinline__ int head_piece(int row, int piece
     return row * HEAD + (piece ^ (row & 7)) * 8;
 }
 
-// The hyperbolic tangent in few instructions, since there is one for every score.
-__device__ __forceinline__ float short_tanh(float x) {
-    return 1.0f - __fdividef(2.0f, exp2f(2.88539008177792682f * x) + 1.0f);
-}
-
 // Where a row's keys and values are.
 struct Context {
     Pages pages;

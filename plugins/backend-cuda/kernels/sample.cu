@@ -116,6 +116,9 @@ __device__ __forceinline__ u64 part_of(double share, u64 sum, bool over) {
     return whole < 1 ? 1 : whole < sum ? whole : sum;
 }
 
+// A probability's surprise. Not inlined: it is long, and rarely needed.
+__device__ NOT_INLINED double surprise_of(double share) { return -log(fmax(share, 2.2250738585072014e-308)); }
+
 // Samples from processed logits.
 __device__ __forceinline__ u32 sample(const Slot &slot, const float *logits, int vocab, u64 position, Search &search) {
     u32 best = argmax(logits, vocab, search.partial);
@@ -150,7 +153,7 @@ __device__ __forceinline__ u32 sample(const Slot &slot, const float *logits, int
     // Typical: the order is that of the distance between a token's surprise and the entropy.
     Cut by_surprise = keep_all();
     double total = 0.0, entropy = 0.0;
-    auto surprise = [&](u64 weight) { return -log(fmax(static_cast<double>(weight) / total, 2.2250738585072014e-308)); };
+    auto surprise = [&](u64 weight) { return surprise_of(static_cast<double>(weight) / total); };
     auto distance = [&](int token, float logit) {
         return static_cast<float>(fabs(surprise(counted(token, logit)) - entropy));
     };
@@ -158,7 +161,7 @@ __device__ __forceinline__ u32 sample(const Slot &slot, const float *logits, int
         u64 sum = weight_sum(logits, vocab, search, counted);
         total = static_cast<double>(sum);
         double terms = 0.0;
-        each_token(logits, vocab, [&](int token, float logit) {
+        each_token_in_turn(logits, vocab, [&](int token, float logit) {
             u64 weight = counted(token, logit);
             terms += static_cast<double>(weight) / total * surprise(weight);
         });
@@ -185,7 +188,7 @@ __device__ __forceinline__ u32 sample(const Slot &slot, const float *logits, int
     u64 least = 0;
     if (slot.min_p > 0.0f) {
         u64 likeliest = 0;
-        each_token(logits, vocab, [&](int token, float logit) {
+        each_token_in_turn(logits, vocab, [&](int token, float logit) {
             u64 weight = shared(token, logit);
             likeliest = weight > likeliest ? weight : likeliest;
         });

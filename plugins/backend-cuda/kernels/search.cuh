@@ -41,7 +41,7 @@ struct Search {
 
 // Calls `visit(token, value)` for all values of a row. Loads of several go ahead of what is done with them.
 template <class Visit> __device__ __forceinline__ void each_token(const float *row, int vocab, Visit visit) {
-    constexpr int AHEAD = 8;
+    constexpr int AHEAD = 4;
     const float4 *fours = reinterpret_cast<const float4 *>(row);
     int whole = vocab / 4, threads = blockDim.x, at = threadIdx.x;
     auto visit_four = [&](int index, const float4 &four) {
@@ -67,11 +67,35 @@ template <class Visit> __device__ __forceinline__ void each_token(const float *r
     }
 }
 
+// The same where a visit is long: there is one copy of it.
+template <class Visit> __device__ __forceinline__ void each_token_in_turn(const float *row, int vocab, Visit visit) {
+    constexpr int AHEAD = 8;
+    int threads = blockDim.x;
+    for (int first = threadIdx.x; first < vocab; first += AHEAD * threads) {
+        float values[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            values[i] = first + i * threads < vocab ? row[first + i * threads] : 0.0f;
+        }
+#pragma unroll 1
+        for (int i = 0; i < AHEAD; i++) {
+            int token = first + i * threads;
+            if (token < vocab) {
+                visit(token, values[0]);
+            }
+#pragma unroll
+            for (int j = 1; j < AHEAD; j++) {
+                values[j - 1] = values[j];
+            }
+        }
+    }
+}
+
 // The sum of a row's weights, the same in every thread.
 template <class Weight>
 __device__ __forceinline__ u64 weight_sum(const float *row, int vocab, Search &search, Weight weight) {
     u64 sum = 0;
-    each_token(row, vocab, [&](int token, float value) { sum += weight(token, value); });
+    each_token_in_turn(row, vocab, [&](int token, float value) { sum += weight(token, value); });
     return block_sum(sum, search.partial);
 }
 
@@ -103,7 +127,7 @@ __device__ __forceinline__ u32 find_token(const float *row, int vocab, Search &s
         for (int share = warp_of_thread(); share < 32; share += blockDim.x / 32) {
             int first = begin + share * size, last = min(first + size, end);
             u64 sum = 0;
-#pragma unroll 8
+#pragma unroll 4
             for (int token = first + lane_of_thread(); token < last; token += 32) {
                 sum += weight(token, row[token]);
             }
@@ -170,7 +194,7 @@ __device__ __forceinline__ Cut find_cut(const float *row, int vocab, Search &sea
     };
     u64 before = 0;
     clear();
-    each_token(row, vocab, [&](int token, float value) {
+    each_token_in_turn(row, vocab, [&](int token, float value) {
         u64 own = weight(token, value);
         if (own) {
             atomicAdd(&search.bins[bin_of(key(token, value))], own);
@@ -187,7 +211,7 @@ __device__ __forceinline__ Cut find_cut(const float *row, int vocab, Search &sea
             shift++;
         }
         clear();
-        each_token(row, vocab, [&](int token, float value) {
+        each_token_in_turn(row, vocab, [&](int token, float value) {
             float own_key = key(token, value);
             u32 bits = __float_as_uint(own_key);
             if (bits >= low && bits <= high && bin_of(own_key) == coarse) {

@@ -19,7 +19,7 @@ const DENSE_KEYS: usize = 64;
 /// blocks of it a multiprocessor has room for.
 pub const DECODE_QUERIES: usize = 16;
 const DECODE_WARPS: usize = 4;
-const DECODE_STEP: usize = 16;
+pub const DECODE_STEP: usize = 16;
 const DECODE_BLOCKS: usize = 2;
 /// Times that a device full of blocks is wanted, so that the last ones leave little of it idle.
 const DECODE_WAVES: usize = 4;

@@ -17,6 +17,7 @@ use crate::ops::{self, Op, Operand};
 use crate::plan::{PARTIALS_BYTES, PendingAttention};
 use crate::product::{
     BULK_TILES, Dense, ExpertRows, HOPPER_TILES, Half, Halves, Output, PORTABLE_TILES, Product, ProductKernels, Shares,
+    Tile,
 };
 use crate::step::Tiling;
 use crate::storage::stride;
@@ -33,6 +34,7 @@ pub struct Lowering<'a, 'w> {
     pub kernels: &'a mut Kernels,
     pub batch_invariant: bool,
     pub kv_dtype: DType,
+    pub page_tokens: usize,
     /// Most rows of the two stages.
     pub rows: (usize, usize),
     pub model_len: usize,
@@ -210,12 +212,7 @@ impl Lowering<'_, '_> {
         } else {
             let (file, tiles) =
                 if self.kernels.is_hopper() { ("hopper", HOPPER_TILES) } else { ("matmul", PORTABLE_TILES) };
-            let unit = kernels::Unit { file, format: Some(dtype) };
-            let kernels = tiles.iter().map(|tile| {
-                let kernel = self.kernels.get(unit, &format!("{file}_{}", tile.name))?;
-                kernel.allow_shared(tile.shared_bytes()).map(|()| kernel)
-            });
-            Some(Dense { tiles, kernels: kernels.collect::<Result<_>>()?, maps: Vec::new() })
+            Some(Dense { tiles, kernels: self.tile_kernels(file, dtype, tiles)?, maps: None })
         };
         Ok(ProductKernels { one: one?, few: few?, many: many?, dense })
     }
@@ -228,24 +225,29 @@ impl Lowering<'_, '_> {
         [rows, outs, cols]: [usize; 3],
         x: Halves,
     ) -> Result<Option<Dense>> {
+        let [small @ .., tile] = BULK_TILES else { return Ok(None) };
         if !self.kernels.is_hopper() || !matches!(dtype, DType::F16 | DType::BF16) {
             return Ok(None);
         }
-        let [first, second] = if weights[1] == 0 { [weights[0]; 2] } else { weights };
-        let of_block = if weights[1] == 0 { 1 } else { 2 };
+        let mut kernels = self.tile_kernels("hopper", dtype, small)?;
         let unit = kernels::Unit { file: "bulk", format: Some(dtype) };
-        let mut dense = Dense { tiles: BULK_TILES, kernels: Vec::new(), maps: Vec::new() };
-        for tile in BULK_TILES {
-            let kernel = self.kernels.get(unit, &format!("bulk_{}", tile.name))?;
-            kernel.allow_shared(tile.shared_bytes())?;
-            dense.kernels.push(kernel);
-            let of_box = tile.outputs / of_block;
-            let map =
-                |address| self.device.tensor_map(Halves { address, stride: cols, half: x.half }, outs, cols, of_box);
-            let of_rows = self.device.tensor_map(x, rows, cols, tile.tokens / tile.cluster)?;
-            dense.maps.push([of_rows, map(first)?, map(second)?]);
-        }
-        Ok(Some(dense))
+        let kernel = self.kernels.get(unit, "bulk")?;
+        kernel.allow_shared(tile.shared_bytes())?;
+        kernels.push(kernel);
+        let [first, second] = if weights[1] == 0 { [weights[0]; 2] } else { weights };
+        let of_box = if weights[1] == 0 { tile.outputs } else { tile.outputs / 2 };
+        let map = |address| self.device.tensor_map(Halves { address, stride: cols, half: x.half }, outs, cols, of_box);
+        let of_rows = self.device.tensor_map(x, rows, cols, tile.tokens / tile.cluster)?;
+        Ok(Some(Dense { tiles: BULK_TILES, kernels, maps: Some(Box::new([of_rows, map(first)?, map(second)?])) }))
+    }
+
+    fn tile_kernels(&mut self, file: &'static str, dtype: DType, tiles: &[Tile]) -> Result<Vec<Kernel>> {
+        let unit = kernels::Unit { file, format: Some(dtype) };
+        let kernels = tiles.iter().map(|tile| {
+            let kernel = self.kernels.get(unit, &format!("{file}_{}", tile.name))?;
+            kernel.allow_shared(tile.shared_bytes()).map(|()| kernel)
+        });
+        kernels.collect()
     }
 
     fn shares(&mut self) -> Result<Shares> {
@@ -426,8 +428,10 @@ impl Lowering<'_, '_> {
         Some(head as usize)
     }
 
+    /// The kernel on tensor cores for few queries; none where there is no such kernel.
     fn decode(&mut self, kv: KvLayer) -> Result<Option<Decode>> {
-        let Some(head) = self.dense_head(kv) else { return Ok(None) };
+        let head = self.dense_head(kv).filter(|_| self.page_tokens.is_multiple_of(attention::DECODE_STEP));
+        let Some(head) = head else { return Ok(None) };
         let unit = kernels::Unit { file: "decode", format: Some(self.kv_dtype) };
         let kernel = self.kernels.get(unit, &format!("decode_{head}"))?;
         let slots = Decode::slots(self.device.multiprocessors()?);

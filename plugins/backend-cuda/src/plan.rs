@@ -135,6 +135,7 @@ pub fn lower(
         kernels,
         batch_invariant,
         kv_dtype: options.kv_dtype,
+        page_tokens: options.page_tokens as usize,
         rows: (tokens, wants),
         model_len: options.max_model_len as usize,
         layout,
@@ -185,7 +186,10 @@ fn needed(
             let is_half = matches!(dtype, DType::F16 | DType::BF16);
             add("linear", Some(dtype));
             if let Some(file) = dense.filter(|_| Half::of(dtype, cols).is_some()) {
-                add(if file == "hopper" && is_alone && is_half { "bulk" } else { file }, Some(dtype));
+                add(file, Some(dtype));
+                if file == "hopper" && is_alone && is_half {
+                    add("bulk", Some(dtype));
+                }
             }
         }
     }

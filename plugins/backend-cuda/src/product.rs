@@ -86,9 +86,8 @@ pub struct Dense {
     pub tiles: &'static [Tile],
     /// In the order of the tiles.
     pub kernels: Vec<Kernel>,
-    /// Where tiles are copied by their maps, for each tile those of the rows and of the weights: twice the same where there
-    /// is one matrix.
-    pub maps: Vec<[TensorMap; 3]>,
+    /// Where the last tile is copied by maps, those of the rows and of the weights: twice the same where there is one matrix.
+    pub maps: Option<Box<[TensorMap; 3]>>,
 }
 
 /// A tile of the kernels in `matmul.cu` or `hopper.cu`.
@@ -116,18 +115,19 @@ pub const PORTABLE_TILES: &[Tile] = &[
 
 /// Those of `hopper.cu`.
 pub const HOPPER_TILES: &[Tile] = &[
-    Tile { name: "slim", tokens: 16, outputs: 64, threads: 128, stages: 8, depth: 64, cluster: 1, blocks: 2 },
+    Tile { name: "slim", tokens: 16, outputs: 64, threads: 128, stages: 6, depth: 64, cluster: 1, blocks: 3 },
     Tile { name: "small", tokens: 64, outputs: 128, threads: 256, stages: 4, depth: 64, cluster: 1, blocks: 2 },
     Tile { name: "even", tokens: 128, outputs: 128, threads: 256, stages: 6, depth: 64, cluster: 1, blocks: 1 },
     Tile { name: "large", tokens: 256, outputs: 128, threads: 256, stages: 4, depth: 64, cluster: 1, blocks: 1 },
 ];
 
-/// Those of `bulk.cu`. Their threads are those that multiply, and a warp that copies.
+/// What takes the place of the last of those where weights are halves: the tile of `bulk.cu`. Its threads are those that
+/// multiply, and a warp that copies.
 pub const BULK_TILES: &[Tile] = &[
-    Tile { name: "slim", tokens: 16, outputs: 64, threads: 160, stages: 10, depth: 64, cluster: 1, blocks: 2 },
-    Tile { name: "small", tokens: 64, outputs: 128, threads: 288, stages: 4, depth: 64, cluster: 2, blocks: 2 },
-    Tile { name: "even", tokens: 128, outputs: 128, threads: 288, stages: 3, depth: 64, cluster: 2, blocks: 2 },
-    Tile { name: "large", tokens: 256, outputs: 128, threads: 288, stages: 4, depth: 64, cluster: 2, blocks: 1 },
+    HOPPER_TILES[0],
+    HOPPER_TILES[1],
+    HOPPER_TILES[2],
+    Tile { name: "bulk", tokens: 256, outputs: 128, threads: 288, stages: 4, depth: 64, cluster: 2, blocks: 1 },
 ];
 
 /// All tiles that there are.
@@ -242,7 +242,7 @@ impl Product {
             let across = in_tiles.div_ceil(outputs).next_multiple_of(tile.cluster);
             let shape = Shape::new((pass.rows.div_ceil(tokens), across, blocks), threads).shared(tile.shared_bytes());
             let arguments = self.arguments(pass, Some(halves));
-            let maps = dense.maps.get(index).into_iter().flatten();
+            let maps = dense.maps.iter().filter(|_| index + 1 == dense.tiles.len()).flat_map(|maps| maps.iter());
             let arguments = maps.fold(arguments, |arguments, map| arguments.structure(&map.0));
             return pass.launch(&dense.kernels[index], shape, arguments);
         }
