@@ -287,6 +287,13 @@ fn what_is_wrong_is_told_with_its_place() {
     let cases: Vec<(&str, Value, u16, &str, &str)> = vec![
         (CHAT, chat(json!({"temprature": 1})), 400, "temprature", "did you mean `temperature`?"),
         (CHAT, chat(json!({"zzz": 1})), 400, "zzz", "there is no field `zzz`"),
+        (
+            CHAT,
+            chat(json!({"response_format": {"type": "json_object", "zzz": 1}})),
+            400,
+            "response_format",
+            "response_format: there is no field `zzz`",
+        ),
         (CHAT, json!([]), 400, "", "expected an object"),
         (CHAT, json!({}), 400, "messages", "is missing"),
         (CHAT, chat(json!({"messages": []})), 400, "messages", "empty"),

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use serde_path_to_error::Path;
+use serde_path_to_error::{Path, Segment};
 
 use super::app::App;
 use super::config::UnknownFields;
@@ -65,11 +65,10 @@ fn read<T: DeserializeOwned>(
         let Some(name) = unknown_name(&error).filter(|_| unknown.len() < MOST_UNKNOWN) else {
             return Err(explain(&error));
         };
-        let path = error.path().to_string();
         if !remove(&mut value, error.path(), &name) {
             return Err(explain(&error));
         }
-        unknown.push(if path.ends_with(&name) { path } else { name });
+        unknown.push(if ends_with(error.path(), &name) { place(error.path()) } else { name });
     }
 }
 
@@ -85,9 +84,8 @@ fn unknown_name(error: &serde_path_to_error::Error<serde_json::Error>) -> Option
 
 /// Takes the field `name` out of the object that `path` leads to.
 fn remove(value: &mut Value, path: &Path, name: &str) -> bool {
-    use serde_path_to_error::Segment;
     let mut segments: Vec<&Segment> = path.iter().collect();
-    if matches!(segments.last(), Some(Segment::Map { key }) if key == name) {
+    if ends_with(path, name) {
         segments.pop();
     }
     let mut place = value;
@@ -103,13 +101,24 @@ fn remove(value: &mut Value, path: &Path, name: &str) -> bool {
     place.as_object_mut().is_some_and(|object| object.remove(name).is_some())
 }
 
+/// Whether `path` leads to the field `name` itself rather than to what it is in, as for objects that are read as one of
+/// several kinds.
+fn ends_with(path: &Path, name: &str) -> bool {
+    matches!(path.iter().next_back(), Some(Segment::Map { key }) if key == name)
+}
+
+/// A path as requests write it, empty for the request itself.
+fn place(path: &Path) -> String {
+    let path = path.to_string();
+    if path == "." { String::new() } else { path }
+}
+
 fn explain(error: &serde_path_to_error::Error<serde_json::Error>) -> ApiError {
     let inner = error.inner();
     if inner.is_syntax() || inner.is_eof() {
         return not_json(inner);
     }
-    let path = error.path().to_string();
-    let path = if path == "." { String::new() } else { path };
+    let path = place(error.path());
     let message = without_place(inner);
     if let Some(name) = unknown_name(error) {
         let known: Vec<&str> = message.split('`').skip(3).step_by(2).collect();
@@ -119,8 +128,16 @@ fn explain(error: &serde_path_to_error::Error<serde_json::Error>) -> ApiError {
             .filter(|(likeness, _)| *likeness > 0.8)
             .max_by(|a, b| a.0.total_cmp(&b.0));
         let hint = nearest.map_or(String::new(), |(_, nearest)| format!("; did you mean `{nearest}`?"));
-        let param = if path.ends_with(&name) { path } else { name.clone() };
-        return ApiError::invalid(param, format!("there is no field `{name}`{hint}")).with_code("unknown_field");
+        let message = format!("there is no field `{name}`{hint}");
+        let (param, message) = if path.is_empty() {
+            (name, message)
+        } else if ends_with(error.path(), &name) {
+            (path, message)
+        } else {
+            // It may be further within.
+            (path.clone(), format!("{path}: {message}"))
+        };
+        return ApiError::invalid(param, message).with_code("unknown_field");
     }
     if path.is_empty() {
         let missing = message.strip_prefix("missing field `").and_then(|rest| rest.split('`').next());

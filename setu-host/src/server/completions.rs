@@ -91,9 +91,14 @@ struct Logprobs {
     start: usize,
 }
 
+sse::stream_event! {
+    /// An event of a stream: a piece of the answer, or the error that ends it.
+    CompletionEvent of CompletionBody | ErrorBody, ends "[DONE]"
+}
+
 /// Continues texts.
 #[utoipa::path(post, path = "/v1/completions", request_body = CompletionRequest, responses(
-    (status = 200, content((CompletionBody = "application/json"), (CompletionBody = "text/event-stream"))),
+    (status = 200, content((CompletionBody = "application/json"), (CompletionEvent = "text/event-stream"))),
     (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)
 ))]
 pub async fn create(

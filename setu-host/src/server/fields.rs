@@ -9,9 +9,9 @@ use super::openapi::document;
 /// A page that lists every field of every request, with what becomes of it.
 ///
 /// # Panics
-/// The server's own description has another form than OpenAPI's.
+/// The server's own description can't be written as JSON.
 pub fn markdown() -> String {
-    let document = serde_json::to_value(document()).expect("a description is JSON");
+    let document = document();
     let mut page = String::from(
         "# Fields of requests\n\nGenerated from the types that requests are read into; a test holds it fresh. What is not listed is refused by name \
          (with `[server] unknown_fields = \"warn\"` it is named in the header `x-setu-warning` instead). A field that is null counts as absent.\n",

@@ -71,6 +71,11 @@ pub enum LiveEvent {
     Busy(LiveBusy),
 }
 
+sse::stream_event! {
+    /// An event as it is sent.
+    LiveStreamEvent of LiveEvent
+}
+
 /// What stays as it is.
 #[derive(Clone, Serialize, ToSchema)]
 pub struct LiveEngine {
@@ -282,7 +287,7 @@ impl Live {
 
 /// Streams the engine's state: sessions, pages, steps, rates and components, a few times a second.
 #[utoipa::path(get, path = "/live", params(LiveQuery), responses(
-    (status = 200, content((LiveEvent = "text/event-stream"))),
+    (status = 200, content((LiveStreamEvent = "text/event-stream"))),
     (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)
 ))]
 pub async fn stream(

@@ -30,7 +30,7 @@ pub struct TokenizeRequest {
     pub prompt: Option<String>,
     /// A conversation, which the model's chat template renders.
     #[serde(default)]
-    #[schema(value_type = Option<Vec<ChatMessage>>)]
+    #[schema(min_items = 1, value_type = Option<Vec<ChatMessage>>)]
     pub messages: Option<Vec<Object<ChatMessage>>>,
     /// Tools that the conversation's answer may call; needs `messages`.
     #[serde(default)]

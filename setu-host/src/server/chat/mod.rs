@@ -32,6 +32,11 @@ use crate::serving::Serving;
 use answer::{ChatBody, ChatChunk, Envelope, stream};
 use message::values;
 
+sse::stream_event! {
+    /// An event of a stream: a piece of the answer, or the error that ends it.
+    ChatEvent of ChatChunk | ErrorBody, ends "[DONE]"
+}
+
 text_request! {
     /// A conversation that is to be continued.
     pub struct ChatRequest {
@@ -144,7 +149,7 @@ pub enum ServiceTier {
 
 /// Continues a conversation.
 #[utoipa::path(post, path = "/v1/chat/completions", request_body = ChatRequest, responses(
-    (status = 200, content((ChatBody = "application/json"), (ChatChunk = "text/event-stream"))),
+    (status = 200, content((ChatBody = "application/json"), (ChatEvent = "text/event-stream"))),
     (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)
 ))]
 pub async fn create(

@@ -119,7 +119,7 @@ pub struct CacheControl {
     /// Accepted: what was used least recently is forgotten first.
     #[serde(default)]
     #[expect(dead_code, reason = "which values are taken is checked as they are read")]
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<CacheTime>)]
     pub ttl: Accepted<CacheTime>,
 }
 
@@ -131,7 +131,7 @@ pub enum CacheType {
 }
 
 /// How long something is cached.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
 pub enum CacheTime {
     #[serde(rename = "5m")]
     Minutes,

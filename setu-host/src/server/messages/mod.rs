@@ -39,9 +39,14 @@ struct CountBody {
     input_tokens: usize,
 }
 
+sse::stream_event! {
+    /// An event of a stream: what happened, or the error that ends it.
+    MessageStreamEvent of MessageEvent | MessageErrorBody
+}
+
 /// Continues a conversation, in Anthropic's form.
 #[utoipa::path(post, path = "/v1/messages", request_body = MessagesRequest, responses(
-    (status = 200, content((MessageBody = "application/json"), (MessageEvent = "text/event-stream"))),
+    (status = 200, content((MessageBody = "application/json"), (MessageStreamEvent = "text/event-stream"))),
     (status = "4XX", body = MessageErrorBody), (status = "5XX", body = MessageErrorBody)
 ))]
 pub async fn create(

@@ -46,7 +46,7 @@ pub struct Function {
     pub description: Option<String>,
     /// A JSON schema of its arguments, an object; without it there are none.
     #[serde(default)]
-    #[schema(value_type = Option<serde_json::Value>)]
+    #[schema(value_type = Option<Object>)]
     pub parameters: Option<Object<Map<String, Value>>>,
     /// Holds the arguments to the schema, also where the model need not call anything.
     #[serde(default)]
