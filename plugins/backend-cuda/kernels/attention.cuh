@@ -45,6 +45,17 @@ __device__ __forceinline__ void store_attended(float *y, size_t at, u16 *halves,
     }
 }
 
+// 2 to the power of x in one instruction; what is too small for a normal number becomes 0.
+__device__ __forceinline__ float short_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return exp2f(x);
+#endif
+}
+
 // The hyperbolic tangent in few instructions, since there is one for every score.
 __device__ __forceinline__ float short_tanh(float x) {
     return 1.0f - __fdividef(2.0f, exp2f(2.88539008177792682f * x) + 1.0f);
@@ -64,17 +75,12 @@ struct Pages {
     int page_tokens, heads, k_dim, k_padded, v_dim;
 };
 
-// In which page a position lies, and where in it: by shifts where a page's tokens are a power of two, as they mostly are.
+// In which page a position lies, and where in it, where a page's tokens are a power of two.
 struct Paging {
-    int tokens, bits;
+    int bits;
 
-    __device__ __forceinline__ explicit Paging(int page_tokens)
-        : tokens(page_tokens), bits((page_tokens & (page_tokens - 1)) == 0 ? __ffs(page_tokens) - 1 : -1) {}
+    __device__ __forceinline__ explicit Paging(int page_tokens) : bits(__ffs(page_tokens) - 1) {}
 
-    __device__ __forceinline__ int page(int position) const {
-        return bits >= 0 ? position >> bits : position / tokens;
-    }
-    __device__ __forceinline__ int place(int position) const {
-        return bits >= 0 ? position & (tokens - 1) : position % tokens;
-    }
+    __device__ __forceinline__ int page(int position) const { return position >> bits; }
+    __device__ __forceinline__ int place(int position) const { return position & ((1 << bits) - 1); }
 };

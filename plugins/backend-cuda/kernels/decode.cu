@@ -99,7 +99,7 @@ __device__ __forceinline__ u32 paired(u32 first, u32 second, bool upper) {
 
 // `exp2(value - highest)`, 0 for what isn't there.
 __device__ __forceinline__ float term_of(float value, float highest) {
-    return value == -INFINITY_F ? 0.0f : exp2f(value - highest);
+    return value == -INFINITY_F ? 0.0f : short_exp2(value - highest);
 }
 
 // Floats of what a warp, or a block, has found for a query: the sums of its columns, the highest score, and the total. They
@@ -135,7 +135,7 @@ __device__ __forceinline__ Merged nothing_merged() { return {-INFINITY_F, 0.0f, 
 
 // As `attend` of attention.cu, in tiles of DECODE_QUERIES. Blocks in z are shares; with more than one, `partials` has room
 // for DECODE_QUERIES × (v_dim + 4) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
-// between launches. A page's tokens are whole steps. Heads are at most HEAD columns wide, and those of values a multiple of eight.
+// between launches. A page's tokens are a power of two, and whole steps. Heads are at most HEAD columns wide, and those of values a multiple of eight.
 template <Half HALF, int HEAD>
 __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                            const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,

@@ -36,41 +36,37 @@ struct Context {
 
     __device__ __forceinline__ bool sees(int position) const { return position >= seen_from && position <= seen_to; }
 
+    // A position of which there is a page: what isn't seen is not copied, but its place is computed.
+    __device__ __forceinline__ int nearest_seen(int position) const { return min(max(position, seen_from), seen_to); }
+
     // Starts to copy the keys and values of the positions from `begin` on. A thread has one position's keys, and one piece
     // of several positions' values, so that neighbours read neighbouring memory.
     template <int HEAD> __device__ __forceinline__ void fetch(int begin, u16 *keys, u16 *values) const {
         constexpr int k_step = PREFILL_THREADS / KEYS, v_step = PREFILL_THREADS / (HEAD / 8);
         int k_pieces = pages.k_padded / 8, v_pieces = pages.v_dim / 8;
-        int row = threadIdx.x % KEYS, piece = threadIdx.x / KEYS, position = begin + row;
-        bool seen = sees(position);
-        size_t apart = static_cast<size_t>(pages.page_tokens) * 16;
-        const u8 *from = pages.start;
-        if (seen) {
-            from = page_of(position) + pages.k_at + paging.place(position) * 16 + (kv_head * k_pieces + piece) * apart;
-        }
+        int row = threadIdx.x % KEYS, piece = threadIdx.x / KEYS, at = nearest_seen(begin + row);
+        bool seen = sees(begin + row);
+        int apart = pages.page_tokens * 16;
+        const u8 *from = page_of(at) + pages.k_at + (kv_head * k_pieces + piece) * apart + paging.place(at) * 16;
 #pragma unroll
-        for (; piece < HEAD / 8; piece += k_step) {
-            bool exists = seen && piece < k_pieces;
-            copy_async(keys + head_piece<HEAD>(row, piece), exists ? from : pages.start, exists);
-            from += k_step * apart;
+        for (int i = 0; i < HEAD / 8 / k_step; i++) {
+            bool exists = seen && piece + i * k_step < k_pieces;
+            copy_async(keys + head_piece<HEAD>(row, piece + i * k_step), exists ? from + i * k_step * apart : pages.start,
+                       exists);
         }
-        piece = threadIdx.x % (HEAD / 8);
-        size_t of_head = static_cast<size_t>(kv_head) * pages.page_tokens;
+        row = threadIdx.x / (HEAD / 8), piece = threadIdx.x % (HEAD / 8);
+        u64 values_at = pages.v_at + (kv_head * pages.page_tokens * v_pieces + piece) * 16;
 #pragma unroll
-        for (row = threadIdx.x / (HEAD / 8); row < KEYS; row += v_step) {
-            position = begin + row;
-            bool exists = sees(position) && piece < v_pieces;
-            const u8 *from = pages.start;
-            if (exists) {
-                from = page_of(position) + pages.v_at + ((of_head + paging.place(position)) * v_pieces + piece) * 16;
-            }
-            copy_async(values + head_piece<HEAD>(row, piece), from, exists);
+        for (int i = 0; i < KEYS / v_step; i++) {
+            at = nearest_seen(begin + row + i * v_step);
+            bool exists = sees(begin + row + i * v_step) && piece < v_pieces;
+            const u8 *from = page_of(at) + values_at + paging.place(at) * v_pieces * 16;
+            copy_async(values + head_piece<HEAD>(row + i * v_step, piece), exists ? from : pages.start, exists);
         }
-        commit_copies();
     }
 };
 
-// As `attend` of attention.cu; heads are at most HEAD columns wide, and those of values a multiple of eight.
+// As `attend` of attention.cu; a page's tokens are a power of two, heads are at most HEAD columns wide, and those of values a multiple of eight.
 template <Half HALF, int HEAD>
 __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                             const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
@@ -90,8 +86,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
 
     DYNAMIC_SHARED(u16, shared);
     u16 *query = shared, *keys = query + TILE_QUERIES * HEAD, *values = keys + 2 * KEYS * HEAD;
-    int tile = context.seen_from / KEYS, last_tile = context.seen_to / KEYS;
-    context.fetch<HEAD>(tile * KEYS, keys, values);
+    int first_tile = context.seen_from / KEYS, last_tile = context.seen_to / KEYS;
     for (int i = threadIdx.x; i < TILE_QUERIES * HEAD / 2; i += blockDim.x) {
         int in_tile = i / (HEAD / 2), dim = i % (HEAD / 2) * 2;
         int number = first_query + in_tile;
@@ -114,15 +109,23 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
         from[lower] = first_seen(position_of(number), window);
     }
     float inverse_cap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
+    // What a score is multiplied with, so that its term is a power of 2.
+    float unit = (softcap > 0.0f ? 1.0f : scale) * LOG2_E;
+    // What all queries see: most tiles need no further look.
+    int all_from = first_seen(position_of(queries - 1), window), all_to = position_of(0);
     float sums[HEAD / 8][4] = {};
-    for (int stage = 0; tile <= last_tile; tile++, stage ^= 1) {
-        if (tile < last_tile) {
-            int next = (stage ^ 1) * KEYS * HEAD;
-            context.fetch<HEAD>((tile + 1) * KEYS, keys + next, values + next);
-            wait_for_copies<1>();
-        } else {
-            wait_for_copies<0>();
+    // While a tile is attended to the next one is on its way.
+    for (int next = first_tile; next <= last_tile + 1; next++) {
+        int tile = next - 1, stage = (tile - first_tile) & 1;
+        if (next <= last_tile) {
+            int to = (stage ^ 1) * KEYS * HEAD;
+            context.fetch<HEAD>(next * KEYS, keys + to, values + to);
         }
+        commit_copies();
+        if (next == first_tile) {
+            continue;
+        }
+        wait_for_copies<1>();
         __syncthreads();
         const u16 *stage_keys = keys + stage * KEYS * HEAD, *stage_values = values + stage * KEYS * HEAD;
         float scores[KEYS / 8][4] = {};
@@ -139,25 +142,43 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
                 multiply_add<HALF>(scores[j + 1], a, b[2], b[3]);
             }
         }
+        if (softcap > 0.0f) {
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    scores[j][i] = softcap * short_tanh(scores[j][i] * scale * inverse_cap);
+                }
+            }
+        }
+        if (tile * KEYS < all_from || tile * KEYS + KEYS - 1 > all_to) {
+#pragma unroll
+            for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int position = tile * KEYS + 8 * j + place + i % 2;
+                    bool seen = position >= from[i / 2] && position <= to[i / 2];
+                    scores[j][i] = seen ? scores[j][i] : -INFINITY_F;
+                }
+            }
+        }
         float above[2] = {highest[0], highest[1]};
 #pragma unroll
         for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                int position = tile * KEYS + 8 * j + place + i % 2;
-                float score = scores[j][i] * scale;
-                score = (softcap > 0.0f ? softcap * short_tanh(score * inverse_cap) : score) * LOG2_E;
-                bool seen = position >= from[i / 2] && position <= to[i / 2];
-                scores[j][i] = seen ? score : -INFINITY_F;
+                scores[j][i] *= unit;
                 above[i / 2] = fmaxf(above[i / 2], scores[j][i]);
             }
         }
+        float base[2];
 #pragma unroll
         for (int lower = 0; lower < 2; lower++) {
             above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 1));
             above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 2));
-            // Nothing seen so far: there is nothing to keep.
-            float keeps = highest[lower] > -INFINITY_F ? exp2f(highest[lower] - above[lower]) : 0.0f;
+            // Nothing seen so far: all terms are 0, whatever they are measured from.
+            base[lower] = above[lower] == -INFINITY_F ? 0.0f : above[lower];
+            float keeps = short_exp2(highest[lower] - base[lower]);
             highest[lower] = above[lower];
             total[lower] *= keeps;
 #pragma unroll
@@ -170,9 +191,8 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
         for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                float term = scores[j][i] == -INFINITY_F ? 0.0f : exp2f(scores[j][i] - highest[i / 2]);
-                scores[j][i] = term;
-                total[i / 2] += term;
+                scores[j][i] = short_exp2(scores[j][i] - base[i / 2]);
+                total[i / 2] += scores[j][i];
             }
         }
 #pragma unroll

@@ -424,7 +424,8 @@ impl Lowering<'_, '_> {
     fn dense_head(&self, kv: KvLayer) -> Option<usize> {
         let halves = matches!(self.kv_dtype, DType::F16 | DType::BF16);
         let head = [64, 128].into_iter().find(|&head| kv.k_dim.max(kv.v_dim) <= head);
-        let head = head.filter(|_| halves && !self.batch_invariant && kv.v_dim.is_multiple_of(8))?;
+        let fits = halves && kv.v_dim.is_multiple_of(8) && self.page_tokens.is_power_of_two();
+        let head = head.filter(|_| fits && !self.batch_invariant)?;
         Some(head as usize)
     }
 
