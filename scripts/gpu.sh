@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in one command: all tests of the CUDA backend on the device, then its speed beside what the
-# device can do at most. Writes one JSON into bench/results/.
+# device can do at most. Writes one JSON into bench/results/, of which bench/report.py makes docs/gpu.md.
 #
 #   scripts/gpu.sh                  builds and runs, in a checkout on a machine with a GPU
 #   scripts/gpu.sh --pack FOLDER    builds on any machine, and puts what is to be run into FOLDER
