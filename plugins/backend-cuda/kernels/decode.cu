@@ -7,7 +7,7 @@
 // as they are, and those of four values become operands when their halves are paired.
 //
 // Each warp has a softmax of its own. They are merged in the block, and by the block of the tile that is done last for
-// all shares, in the order of positions both times.
+// all shares, in one order both times. That a context is shared out over blocks is from Flash-Decoding (Dao et al., 2023).
 
 #ifndef SETU_DECODE
 #define SETU_DECODE
