@@ -149,10 +149,14 @@ def seconds(name, line):
         return next(float(row.split()[0]) / 1e3 for row in read(name).splitlines() if line in row)
     except (OSError, StopIteration, ValueError):
         return None
+def machine(doctor):
+    """What the machine has, without where it has it: results are for others to read."""
+    found = [finding for finding in (doctor or {}).get("findings", []) if finding["part"] in ("backends", "libraries")]
+    return {finding["what"]: ", ".join(word for word in finding["text"].split(", ") if "/" not in word) for finding in found}
 report = {
     "date": datetime.date.today().isoformat(),
     "emulated": mode == "emulated",
-    "doctor": parsed("doctor.out"),
+    "machine": machine(parsed("doctor.out")),
     "parts": {os.path.basename(path)[:-3]: open(path).read().strip() for path in sorted(glob.glob(f"{folder}/*.rc"))},
     "bench": parsed("bench.out"),
     "peer": parsed("peer.out"),

@@ -33,7 +33,7 @@ const CASES = {
 
   async 'an answer is stopped, asked for anew, and its question changed'() {
     const { page, close } = await open(browser, base);
-    await set(page, { temperature: 0, max_completion_tokens: 1500 });
+    await set(page, { temperature: 0, max_completion_tokens: 6000 });
     await page.fill('#prompt', 'Tell a long story about a river and everybody who ever crossed it.');
     await page.press('#prompt', 'Enter');
     await page.waitForFunction(() => document.querySelector('.message.assistant .body').textContent.length > 40);
@@ -61,7 +61,7 @@ const CASES = {
     assert.equal(await page.locator('.editor').count(), 0);
 
     // The button stops as well.
-    await set(page, { max_completion_tokens: 1500 });
+    await set(page, { max_completion_tokens: 6000 });
     await page.click('text=Regenerate');
     await page.waitForFunction(() => document.querySelector('.message.assistant .body').textContent.length > 5);
     await page.click('#send');

@@ -104,12 +104,13 @@ fn people_chat_and_watch_in_a_browser() {
         Command::new("npm").args(["ci", "--no-fund", "--no-audit"]).current_dir(&scripts).output().expect("npm");
     assert!(install.status.success(), "{}", String::from_utf8_lossy(&install.stderr));
 
-    let server = Server::start(&[&model]);
+    // The browser needs a core of its own, or it sees answers only when they are over.
+    let server = Server::start(&[&model, "--backend.threads", "1"]);
     let folder = tempfile::tempdir().expect("a folder");
     let keys = folder.path().join("keys.toml");
     let keys = keys.to_str().expect("UTF-8");
     let key = run(&["keys", "add", "ann", "--server.keys", keys]);
-    let keyed = Server::start(&[&model, "--server.keys", keys]);
+    let keyed = Server::start(&[&model, "--backend.threads", "1", "--server.keys", keys]);
     let mut drive = Command::new("node");
     drive.arg(scripts.join("page.mjs")).arg(format!("http://{}/", server.address)).env("CHROMIUM", chromium);
     drive.env("KEYED", format!("http://{}/", keyed.address));
