@@ -45,6 +45,18 @@ __device__ __forceinline__ void store_attended(float *y, size_t at, u16 *halves,
     }
 }
 
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// What a sum of terms, powers of 2 measured from `highest`, is multiplied with, with a head's sink where there is one.
+__device__ __forceinline__ float share_of_term(float highest, float total, const float *sinks, int head) {
+    if (!sinks) {
+        return 1.0f / total;
+    }
+    float sink = sinks[head] * LOG2_E, most = fmaxf(highest, sink);
+    float keeps = exp2f(highest - most);
+    return keeps / (total * keeps + exp2f(sink - most));
+}
+
 // 2 to the power of x in one instruction; what is too small for a normal number becomes 0.
 __device__ __forceinline__ float short_exp2(float x) {
 #if defined(__CUDA_ARCH__)

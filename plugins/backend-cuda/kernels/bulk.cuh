@@ -1,4 +1,4 @@
-// Products with weights in halves on Hopper: as those of hopper.cuh, with nothing but products left for their threads to do.
+// Products of very many rows with weights in halves on Hopper: as those of hopper.cuh, with nothing but products left for their threads to do.
 //
 // One thread asks for tiles and the tensor memory accelerator copies them. What limits large tiles is how fast they come
 // from the second-level cache; so two blocks, a cluster, take the same tokens and different outputs, and each fetches half
@@ -11,18 +11,11 @@
 #include "wgmma.cuh"
 
 // TOKENS × OUTPUTS for a block, a warpgroup for every 64 outputs, and one more warp that copies.
-template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile {
-    static constexpr int tokens = TOKENS, outputs = OUTPUTS, stages = STAGES, cluster = CLUSTER;
-    // Those that multiply.
-    static constexpr int threads = 2 * OUTPUTS;
+template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile : WarpgroupTile<TOKENS, OUTPUTS> {
+    static constexpr int stages = STAGES, cluster = CLUSTER, threads = 2 * OUTPUTS;
     static constexpr int columns = 64, row_bytes = 2 * columns;
     static constexpr int stage_bytes = (TOKENS + OUTPUTS) * row_bytes;
     static constexpr bool takes_turns = false;
-
-    // Where a sum lies in shared memory: four pairs of rows lie in different banks.
-    static __device__ __forceinline__ int sum_at(int row, int column) {
-        return row * outputs + (column ^ (row >> 1 & 3) << 3);
-    }
 
     // Waits for all threads that multiply.
     static __device__ __forceinline__ void wait() { asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory"); }
@@ -57,7 +50,7 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
     wait_for_cluster();
     if (threadIdx.x >= TILE::threads) {
         if (threadIdx.x == TILE::threads) {
-            int part = TILE::tokens / TILE::cluster, begin = TILE::cluster > 1 ? rank_in_cluster() * part : 0;
+            int part = TILE::tokens / TILE::cluster, begin = rank_in_cluster() * part;
             auto place = [&](int stage) { return stages + stage % TILE::stages * TILE::stage_bytes; };
             auto copy_weights = [&](int stage) {
                 Barrier &barrier = full[stage % TILE::stages];
@@ -73,11 +66,7 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
                 Barrier &barrier = full[stage % TILE::stages];
                 u8 *to = place(stage) + begin * TILE::row_bytes;
                 int column = (first + stage) * TILE::columns;
-                if constexpr (TILE::cluster > 1) {
-                    copy_box_to((1 << TILE::cluster) - 1, to, tokens, first_row + begin, column, barrier);
-                } else {
-                    copy_box(to, tokens, first_row, column, barrier);
-                }
+                copy_box_to((1 << TILE::cluster) - 1, to, tokens, first_row + begin, column, barrier);
             };
             int ahead = min(count, TILE::stages);
             for (int stage = 0; stage < ahead; stage++) {
@@ -125,14 +114,7 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
         if (gridDim.z == 1 || gather_sums<TILE>(product, sums)) {
             TILE::wait();
             float *tile = reinterpret_cast<float *>(stages);
-            int output = warp_of_thread() * 16 + lane_of_thread() / 4, at = lane_of_thread() % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < TILE::tokens / 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    tile[TILE::sum_at(8 * j + at + i % 2, output + i / 2 * 8)] = sums[0][j][i];
-                }
-            }
+            TILE::leave_sums(sums[0], tile);
             TILE::wait();
             store_tile<TILE>(product, {0, product.tokens}, first_row, first_out, tile);
         }

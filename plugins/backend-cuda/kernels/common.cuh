@@ -64,6 +64,27 @@ __device__ __forceinline__ void prefetch(const void *place) {
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_of_thread() { return threadIdx.x >> 5; }
 
+// Whether this block is the last of `count` that count themselves in `arrived`, which is 0 between launches: what all have
+// written can be read then, past this multiprocessor's cache. `wait` waits for the block's threads that call this.
+template <class Wait> __device__ __forceinline__ bool arrives_last(u32 *arrived, u32 count, Wait wait) {
+    __shared__ u32 before;
+    __threadfence();
+    wait();
+    if (threadIdx.x == 0) {
+        before = atomicAdd(arrived, 1u);
+    }
+    wait();
+    if (before + 1 < count) {
+        return false;
+    }
+    __threadfence();
+    if (threadIdx.x == 0) {
+        // For the next launch.
+        *arrived = 0;
+    }
+    return true;
+}
+
 // The sum over the lanes of a warp, the same in each.
 template <class T> __device__ __forceinline__ T warp_sum(T value) {
     for (int bits = 16; bits > 0; bits >>= 1) {

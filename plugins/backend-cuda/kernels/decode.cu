@@ -135,14 +135,14 @@ __device__ __forceinline__ Merged nothing_merged() { return {-INFINITY_F, 0.0f, 
 
 // As `attend` of attention.cu, in tiles of DECODE_QUERIES. Blocks in z are shares; with more than one, `partials` has room
 // for DECODE_QUERIES × (v_dim + 4) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
-// between launches. A page's tokens are a power of two, and whole steps. Heads are at most HEAD columns wide, and those of values a multiple of eight.
+// between launches. A page's tokens are a power of two, and whole steps. Heads are at most HEAD columns wide, and those of
+// values a multiple of eight.
 template <Half HALF, int HEAD>
 __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                            const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
                                            const u32 *tiles, const float *q, int q_stride, int group, int window,
                                            float scale, float softcap, const float *sinks, float *y, int y_stride,
                                            u16 *halves, int halves_stride, int half, float *partials, u32 *arrived) {
-    constexpr float LOG2_E = 1.44269504088896341f;
     wait_for_launches_before();
     int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
@@ -309,20 +309,8 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
             merge_warps(in_tile, column)
                 .leave(of_tile + (blockIdx.z * DECODE_QUERIES + in_tile) * floats, pages.v_dim, column);
         }
-        __shared__ u32 before;
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            before = atomicAdd(arrived + tile, 1u);
-        }
-        __syncthreads();
-        if (before + 1 < static_cast<u32>(shares)) {
+        if (!arrives_last(arrived + tile, shares, [] { __syncthreads(); })) {
             return;
-        }
-        __threadfence();
-        if (threadIdx.x == 0) {
-            // For the next launch.
-            arrived[tile] = 0;
         }
     }
     for (int i = threadIdx.x; i < queries * fours; i += blockDim.x) {
@@ -338,12 +326,7 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
         } else {
             merged = merge_warps(in_tile, column);
         }
-        float by = 1.0f / merged.total;
-        if (sinks) {
-            float sink = sinks[head] * LOG2_E, most = fmaxf(merged.highest, sink);
-            float keeps = exp2f(merged.highest - most);
-            by = keeps / (merged.total * keeps + exp2f(sink - most));
-        }
+        float by = share_of_term(merged.highest, merged.total, sinks, head);
         size_t token = first_token + number / group, place = static_cast<size_t>(head) * pages.v_dim + column;
 #pragma unroll
         for (int j = 0; j < 4; j++) {

@@ -14,9 +14,8 @@ constexpr int ROW_PIECES = WIDTH / 8;
 constexpr int ROW_BYTES = 2 * WIDTH;
 
 // TOKENS × OUTPUTS for a block, a warpgroup for every 64 outputs.
-template <int TOKENS, int OUTPUTS, int STAGES> struct HopperTile {
-    static constexpr int tokens = TOKENS, outputs = OUTPUTS, stages = STAGES;
-    static constexpr int threads = 2 * OUTPUTS;
+template <int TOKENS, int OUTPUTS, int STAGES> struct HopperTile : WarpgroupTile<TOKENS, OUTPUTS> {
+    static constexpr int stages = STAGES, threads = 2 * OUTPUTS;
     static constexpr bool takes_turns = true;
     static __device__ __forceinline__ void wait() { __syncthreads(); }
     static constexpr int stage_bytes = (TOKENS + OUTPUTS) * ROW_BYTES;
@@ -25,11 +24,6 @@ template <int TOKENS, int OUTPUTS, int STAGES> struct HopperTile {
     // Pieces of a stage that a thread brings, rows apart by as many as all threads bring at once.
     static constexpr int rows_at_once = threads / ROW_PIECES;
     static constexpr int token_pieces = TOKENS * ROW_PIECES / threads, weight_pieces = OUTPUTS * ROW_PIECES / threads;
-
-    // Where a sum lies in shared memory: four pairs of rows lie in different banks.
-    static __device__ __forceinline__ int sum_at(int row, int column) {
-        return row * outputs + (column ^ (row >> 1 & 3) << 3);
-    }
 
     static_assert(stage_bytes * STAGES >= 4 * TOKENS * OUTPUTS, "the sums fit into the stages");
     static_assert(stage_bytes % 1024 == 0 && TOKENS % 8 == 0 && OUTPUTS % 64 == 0, "tiles begin where they may");
@@ -211,14 +205,7 @@ template <Format TYPE, class TILE> __device__ __forceinline__ void hopper_matmul
     wait_for_copies<0>();
     __syncthreads();
     float *tile = reinterpret_cast<float *>(block.stages);
-    int output = warp_of_thread() * 16 + lane_of_thread() / 4, place = lane_of_thread() % 4 * 2;
-#pragma unroll
-    for (int j = 0; j < TILE::tokens / 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            tile[TILE::sum_at(8 * j + place + i % 2, output + i / 2 * 8)] = sums[0][j][i];
-        }
-    }
+    TILE::leave_sums(sums[0], tile);
     __syncthreads();
     store_tile<TILE>(product, rows, first_row, first_out, tile);
 }

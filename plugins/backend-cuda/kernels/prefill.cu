@@ -73,7 +73,6 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
                                             const u32 *tiles, const float *q, int q_stride, int group, int window,
                                             float scale, float softcap, const float *sinks, float *y, int y_stride,
                                             u16 *halves, int halves_stride, int half) {
-    constexpr float LOG2_E = 1.44269504088896341f;
     wait_for_launches_before();
     int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
@@ -220,12 +219,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
             continue;
         }
         int head = kv_head * group + number % group;
-        float by = 1.0f / total[lower];
-        if (sinks) {
-            float sink = sinks[head] * LOG2_E, most = fmaxf(highest[lower], sink);
-            float keeps = exp2f(highest[lower] - most);
-            by = keeps / (total[lower] * keeps + exp2f(sink - most));
-        }
+        float by = share_of_term(highest[lower], total[lower], sinks, head);
         size_t token = first_token + number / group, of_head = static_cast<size_t>(head) * pages.v_dim;
 #pragma unroll
         for (int j = 0; j < HEAD / 8; j++) {

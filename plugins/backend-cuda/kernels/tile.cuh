@@ -9,7 +9,6 @@
 // Adds up what the blocks that share this tile have summed: whether this block is the last, which then has it all.
 template <class TILE, int DOWN, int ACROSS>
 __device__ __forceinline__ bool gather_sums(const Product &product, float (&sums)[DOWN][ACROSS][4]) {
-    __shared__ u32 before;
     size_t tile = blockIdx.x + static_cast<size_t>(blockIdx.y) * gridDim.x;
     constexpr size_t tile_sums = TILE::tokens * TILE::outputs;
     float *partials = product.partials + tile * gridDim.z * tile_sums + 4 * threadIdx.x;
@@ -24,19 +23,8 @@ __device__ __forceinline__ bool gather_sums(const Product &product, float (&sums
             *reinterpret_cast<float4 *>(place(blockIdx.z, i, j)) = four;
         }
     }
-    __threadfence();
-    TILE::wait();
-    if (threadIdx.x == 0) {
-        before = atomicAdd(product.arrived + tile, 1u);
-    }
-    TILE::wait();
-    if (before + 1 < gridDim.z) {
+    if (!arrives_last(product.arrived + tile, gridDim.z, [] { TILE::wait(); })) {
         return false;
-    }
-    __threadfence();
-    if (threadIdx.x == 0) {
-        // For the next launch.
-        product.arrived[tile] = 0;
     }
 #pragma unroll
     for (int i = 0; i < DOWN; i++) {

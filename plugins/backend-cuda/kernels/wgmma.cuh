@@ -94,3 +94,27 @@ __device__ __forceinline__ void multiply_tiles(float (&sums)[TOKENS / 8][4], u64
         if constexpr (HALF == HALF_BF16) { WGMMA_256("bf16"); } else { WGMMA_256("f16"); }
     }
 }
+
+// A tile of which a warpgroup multiplies every 64 outputs.
+template <int TOKENS, int OUTPUTS> struct WarpgroupTile {
+    static constexpr int tokens = TOKENS, outputs = OUTPUTS;
+    // Those that multiply.
+    static constexpr int threads = 2 * OUTPUTS;
+
+    // Where a sum lies in shared memory: four pairs of rows lie in different banks.
+    static __device__ __forceinline__ int sum_at(int row, int column) {
+        return row * outputs + (column ^ (row >> 1 & 3) << 3);
+    }
+
+    // Puts a thread's sums there.
+    static __device__ __forceinline__ void leave_sums(const float (&sums)[TOKENS / 8][4], float *tile) {
+        int output = warp_of_thread() * 16 + lane_of_thread() / 4, token = lane_of_thread() % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                tile[sum_at(8 * j + token + i % 2, output + i / 2 * 8)] = sums[j][i];
+            }
+        }
+    }
+};
