@@ -75,6 +75,20 @@ fn answers_are_the_engines_whole_and_streamed() {
     assert_eq!((&usage["completion_tokens"], &usage["prompt_tokens"]), (&json!(12), &whole["usage"]["prompt_tokens"]));
     assert!(usage["prompt_tokens_details"]["cached_tokens"].as_u64() > Some(0), "{usage}");
 
+    // Each chunk tells the tokens so far, and the last what it was in the end.
+    for path in [CHAT, COMPLETIONS] {
+        let usage = json!({"include_usage": true, "continuous_usage_stats": true});
+        let asked = json!({"stream": true, "stream_options": usage});
+        let body = if path == CHAT { chat(asked) } else { completion(asked) };
+        let events = server.post(path, &body).events();
+        let told = |field: &str| events.iter().map(|event| event["usage"][field].as_u64().expect("usage")).collect();
+        let (prompt, generated): (Vec<u64>, Vec<u64>) = (told("prompt_tokens"), told("completion_tokens"));
+        assert!(prompt.iter().all(|&tokens| tokens == prompt[0] && tokens > 0), "{path}: {prompt:?}");
+        let [.., so_far, whole] = generated[..] else { panic!("{path}: {generated:?}") };
+        assert!(generated.is_sorted() && generated[0] <= 1 && so_far == whole, "{path}: {generated:?}");
+        assert!(generated.iter().any(|tokens| (2..whole).contains(tokens)), "{path}: {generated:?}");
+    }
+
     // The parts of a message are one text, and a developer is the system.
     let parts = json!({"messages": [
         {"role": "developer", "content": "Be brief."},
@@ -224,7 +238,9 @@ fn every_field_is_honoured_or_refused_by_name() {
                 ("max_tokens", json!({"max_completion_tokens": null, "max_tokens": 2})),
                 (
                     "stream_options",
-                    json!({"stream": true, "stream_options": {"include_usage": true, "include_obfuscation": false}}),
+                    json!({"stream": true, "stream_options": {
+                        "include_usage": true, "continuous_usage_stats": true, "include_obfuscation": false,
+                    }}),
                 ),
                 (
                     "tools",

@@ -125,7 +125,7 @@ pub async fn create(
     let echo = Echo { texts: echoed, firsts, choices: params.n as usize };
     let answer = Envelope { id: app.answer_id("cmpl"), created: now_s(), model: served.name, echo };
     let response = if request.is_streamed() {
-        sse::response(stream(served.serving, generation, answer, request.includes_usage()))
+        sse::response(stream(served.serving, generation, answer, request.stream_options()))
     } else {
         let answers = generation.collect().await?;
         Json(answer.whole(serving, answers)).into_response()
@@ -258,8 +258,14 @@ impl Envelope {
         CompletionBody { id, object: "text_completion", created: self.created, model, choices, usage }
     }
 
-    fn chunk(&self, index: usize, text: String, logprobs: Option<Logprobs>) -> CompletionBody {
-        self.body(vec![CompletionChoice { index, text, logprobs, finish_reason: None, seed: None }], None)
+    fn chunk(
+        &self,
+        index: usize,
+        text: String,
+        logprobs: Option<Logprobs>,
+        usage: Option<UsageBody>,
+    ) -> CompletionBody {
+        self.body(vec![CompletionChoice { index, text, logprobs, finish_reason: None, seed: None }], usage)
     }
 }
 
@@ -267,7 +273,7 @@ fn stream(
     serving: Arc<Serving>,
     generation: Generation,
     answer: Envelope,
-    include_usage: bool,
+    options: StreamOptions,
 ) -> impl Stream<Item = axum::response::sse::Event> + Send {
     async_stream::stream! {
         let mut generation = generation;
@@ -278,7 +284,10 @@ fn stream(
                 // Its text comes with its log-probabilities.
                 Some(first) => waiting.push_first(&serving, first),
                 None if answer.echo.text(index).is_empty() => {}
-                None => yield sse::data(&answer.chunk(index, answer.echo.text(index).to_owned(), None)),
+                None => {
+                    let usage = options.usage_so_far(&generation);
+                    yield sse::data(&answer.chunk(index, answer.echo.text(index).to_owned(), None, usage));
+                }
             }
         }
         while let Some((index, event)) = generation.next().await {
@@ -306,11 +315,11 @@ fn stream(
             if text.is_empty() && reason.is_none() {
                 continue;
             }
-            let mut chunk = answer.chunk(index, text, waiting.take().if_any());
+            let mut chunk = answer.chunk(index, text, waiting.take().if_any(), options.usage_so_far(&generation));
             chunk.choices[0].finish_reason = reason.as_ref().map(|reason| finish_name(Some(reason)));
             yield sse::data(&chunk);
         }
-        if include_usage {
+        if options.ends_with_usage() {
             yield sse::data(&answer.body(Vec::new(), Some(usage)));
         }
         yield sse::done();

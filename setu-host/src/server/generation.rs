@@ -14,6 +14,7 @@ use super::error::ApiError;
 use super::limits::{Meter, Running};
 use super::metrics::Watch;
 use super::served::Served;
+use super::shared::UsageBody;
 use crate::request::RequestOptions;
 
 /// A prompt's tokens, and whether they are only read.
@@ -33,6 +34,8 @@ pub struct Generation {
     /// The event that told that the request was let in.
     first: Option<(usize, Event)>,
     unfinished: usize,
+    /// Tokens read and generated so far.
+    tokens: (u32, u32),
     watch: Watch,
     /// Its place among those that the caller's key lets run.
     #[expect(dead_code, reason = "it is held until all has ended")]
@@ -93,7 +96,8 @@ impl Generation {
         // Longer prompts than the model takes are refused, and not charged beyond that.
         let longest = served.serving.engine().limits().max_model_len as usize;
         let prompt_tokens: usize = prompts.iter().map(|prompt| prompt.tokens.len().min(longest)).sum();
-        let running = served.caller.admit(u32::try_from(prompt_tokens).unwrap_or(u32::MAX))?;
+        let prompt_tokens = u32::try_from(prompt_tokens).unwrap_or(u32::MAX);
+        let running = served.caller.admit(prompt_tokens)?;
         let meter = running.as_ref().map(|running| running.meter().clone());
         let (sender, events) = mpsc::unbounded_channel();
         let backlog = Arc::new(AtomicU32::new(0));
@@ -120,7 +124,8 @@ impl Generation {
         let tenant = served.caller.tenant();
         let tenant = tenant.unwrap_or_else(|| served.serving.tenants().label(options.tenant.as_deref()));
         let watch = Watch::new(served, tenant, unfinished);
-        let mut generation = Generation { handles, events, first: None, unfinished, watch, backlog, running };
+        let tokens = (prompt_tokens, 0);
+        let mut generation = Generation { handles, events, first: None, unfinished, tokens, watch, backlog, running };
         let first = generation.receive().await;
         if let Some((_, Event::Finished(finished))) = &first {
             check(&finished.reason)?;
@@ -144,6 +149,13 @@ impl Generation {
 
     pub fn choices(&self) -> usize {
         self.handles.len()
+    }
+
+    /// The tokens used so far, by all choices.
+    pub fn usage(&self) -> UsageBody {
+        let (prompt_tokens, completion_tokens) = self.tokens;
+        let total_tokens = prompt_tokens.saturating_add(completion_tokens);
+        UsageBody { prompt_tokens, completion_tokens, total_tokens, ..UsageBody::default() }
     }
 
     /// Waits for all answers.
@@ -173,6 +185,7 @@ impl Generation {
         let (index, at, event) = self.events.recv().await?;
         if matches!(event, Event::Token(_)) {
             self.backlog.fetch_sub(1, Ordering::Relaxed);
+            self.tokens.1 = self.tokens.1.saturating_add(1);
         }
         self.watch.saw(index, at, &event);
         self.unfinished -= usize::from(matches!(event, Event::Finished(_)));

@@ -11,6 +11,7 @@ use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use super::error::ApiError;
+use super::generation::Generation;
 
 /// A field that is known and not provided: any value but null is refused.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,11 +67,26 @@ pub struct StreamOptions {
     /// A last chunk tells the tokens used.
     #[serde(default)]
     pub include_usage: Option<bool>,
+    /// Each chunk tells the tokens used so far, by all choices together.
+    #[serde(default)]
+    pub continuous_usage_stats: Option<bool>,
     /// Accepted: chunks are never padded.
     #[serde(default)]
     #[expect(dead_code, reason = "which values are taken is checked as they are read")]
     #[schema(value_type = Option<bool>)]
     pub include_obfuscation: Accepted<bool>,
+}
+
+impl StreamOptions {
+    /// Whether the last chunk tells the tokens used.
+    pub fn ends_with_usage(&self) -> bool {
+        self.include_usage == Some(true)
+    }
+
+    /// What a chunk tells of the tokens used so far.
+    pub fn usage_so_far(&self, generation: &Generation) -> Option<UsageBody> {
+        (self.continuous_usage_stats == Some(true)).then(|| generation.usage())
+    }
 }
 
 /// Tokens that a request took.
@@ -79,7 +95,9 @@ pub struct UsageBody {
     pub prompt_tokens: u32,
     pub completion_tokens: u32,
     pub total_tokens: u32,
-    pub prompt_tokens_details: PromptDetails,
+    /// Known when an answer ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_tokens_details: Option<PromptDetails>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_tokens_details: Option<CompletionDetails>,
 }
@@ -103,7 +121,7 @@ impl UsageBody {
     pub fn add(&mut self, usage: &setu_engine::Usage, is_first_choice: bool) {
         if is_first_choice {
             self.prompt_tokens += usage.prompt_tokens;
-            self.prompt_tokens_details.cached_tokens += usage.cached_tokens;
+            self.prompt_tokens_details.get_or_insert_default().cached_tokens += usage.cached_tokens;
         }
         self.completion_tokens += usage.generated_tokens;
         self.total_tokens = self.prompt_tokens + self.completion_tokens;
@@ -269,9 +287,9 @@ macro_rules! text_request {
                 self.stream == Some(true)
             }
 
-            /// Whether a stream ends with the tokens used.
-            fn includes_usage(&self) -> bool {
-                self.stream_options.is_some_and(|options| options.0.include_usage == Some(true))
+            /// How it is streamed.
+            fn stream_options(&self) -> crate::server::shared::StreamOptions {
+                self.stream_options.as_ref().map(|options| options.0).unwrap_or_default()
             }
 
             /// Whose the request is and when it is due.

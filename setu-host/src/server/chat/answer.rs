@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use crate::server::conversation::{Answer, Reading};
 use crate::server::generation::{Generation, check, finish_name};
-use crate::server::shared::{CompletionDetails, UsageBody};
+use crate::server::shared::{CompletionDetails, StreamOptions, UsageBody};
 use crate::server::sse;
 use crate::server::transcript::{self, Call, Message, Transcript};
 use crate::serving::Serving;
@@ -254,7 +254,7 @@ pub fn stream(
     generation: Generation,
     reading: Reading,
     answer: Envelope,
-    include_usage: bool,
+    options: StreamOptions,
 ) -> impl Stream<Item = SseEvent> + Send {
     async_stream::stream! {
         let mut generation = generation;
@@ -263,7 +263,7 @@ pub fn stream(
         for index in 0..generation.choices() {
             let delta = Delta { role: Some("assistant"), content: Some(String::new()), ..Delta::default() };
             let choice = ChunkChoice { index, delta, logprobs: None, finish_reason: None };
-            yield sse::data(&answer.chunk(vec![choice], None));
+            yield sse::data(&answer.chunk(vec![choice], options.usage_so_far(&generation)));
         }
         let speaker = || Speaker { transcript: reading.transcript(), calls: 0, logprobs: Vec::new() };
         let mut speakers: Vec<Speaker> = std::iter::repeat_with(speaker).take(generation.choices()).collect();
@@ -286,15 +286,15 @@ pub fn stream(
                 }
             };
             for choice in speaker.choices(index, deltas, reason.is_some()) {
-                yield sse::data(&answer.chunk(vec![choice], None));
+                yield sse::data(&answer.chunk(vec![choice], options.usage_so_far(&generation)));
             }
             if let Some(reason) = reason {
                 let finish_reason = Some(finish_reason(&reason, speaker.transcript.ends_with_calls()));
                 let choice = ChunkChoice { index, delta: Delta::default(), logprobs: None, finish_reason };
-                yield sse::data(&answer.chunk(vec![choice], None));
+                yield sse::data(&answer.chunk(vec![choice], options.usage_so_far(&generation)));
             }
         }
-        if include_usage {
+        if options.ends_with_usage() {
             usage.completion_tokens_details = reading.tells_reasoning().then_some(CompletionDetails { reasoning_tokens });
             yield sse::data(&answer.chunk(Vec::new(), Some(usage)));
         }

@@ -160,7 +160,7 @@ pub async fn create(
     let served = app.model(caller, request.model.as_deref()).await?;
     request.refuse()?;
     let params = request.params(&served.serving)?;
-    let (is_streamed, includes_usage) = (request.is_streamed(), request.includes_usage());
+    let (is_streamed, stream_options) = (request.is_streamed(), request.stream_options());
     let options = request.options();
     let prepared = request.conversation(&served.serving)?.prepare(&served.serving).await?;
     let Prepared { tokens, held, reading, shown } = prepared;
@@ -170,7 +170,7 @@ pub async fn create(
     let generation = Generation::start(&served, vec![prompt], &params, &options).await?;
     let answer = Envelope { id: app.answer_id("chatcmpl"), created: now_s(), model: served.name };
     let response = if is_streamed {
-        sse::response(stream(served.serving, generation, reading, answer, includes_usage))
+        sse::response(stream(served.serving, generation, reading, answer, stream_options))
     } else {
         let answers = reading.collect(generation).await?;
         Json(answer.whole(&served.serving, answers, reading.tells_reasoning())).into_response()
