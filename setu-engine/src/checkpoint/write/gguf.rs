@@ -1,12 +1,13 @@
 //! GGUF files, version 3.
 
-use std::fs::File;
+use std::borrow::Cow;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use setu_core::{Error, Result};
+use setu_core::{DType, Error, Result};
 
-use super::{TensorData, unwritable};
+use super::{TensorData, check_size, unwritable};
 use crate::checkpoint::gguf::{MAGIC, ValueType, format_code};
 
 /// A value of a key.
@@ -48,7 +49,17 @@ pub enum GgufArray {
 #[derive(Clone, Debug, Default)]
 pub struct GgufWriter<'a> {
     keys: Vec<(String, GgufValue)>,
-    tensors: Vec<TensorData<'a>>,
+    tensors: Vec<Gathered<'a>>,
+}
+
+/// A tensor whose data are its parts, one behind the other.
+#[derive(Clone, Debug)]
+struct Gathered<'a> {
+    name: String,
+    dtype: DType,
+    shape: Vec<usize>,
+    bytes: usize,
+    parts: Vec<Cow<'a, [u8]>>,
 }
 
 impl<'a> GgufWriter<'a> {
@@ -70,22 +81,54 @@ impl<'a> GgufWriter<'a> {
     }
 
     pub fn tensor(&mut self, tensor: TensorData<'a>) -> &mut Self {
-        self.tensors.push(tensor);
+        let TensorData { name, dtype, shape, data } = tensor;
+        self.tensors.push(Gathered { name, dtype, shape, bytes: data.len(), parts: vec![data] });
         self
     }
 
-    /// Writes the file at `path`.
+    /// Adds a tensor whose data are `parts`, one behind the other; the same bytes may come again and again.
+    ///
+    /// # Errors
+    /// Together they aren't as long as `dtype` and `shape` say.
+    pub fn tensor_of_parts(
+        &mut self,
+        name: impl Into<String>,
+        dtype: DType,
+        shape: &[usize],
+        parts: Vec<&'a [u8]>,
+    ) -> Result<&mut Self> {
+        let (name, bytes) = (name.into(), parts.iter().map(|part| part.len()).sum());
+        check_size(&name, dtype, shape, bytes)?;
+        let parts = parts.into_iter().map(Cow::Borrowed).collect();
+        self.tensors.push(Gathered { name, dtype, shape: shape.to_vec(), bytes, parts });
+        Ok(self)
+    }
+
+    /// Writes the file at `path`: under another name beside it until it is whole.
     ///
     /// # Errors
     /// It can't be written, or what was gathered is no valid file.
     pub fn write(&self, path: &Path) -> Result<()> {
+        self.write_telling(path, &mut |_| {})
+    }
+
+    /// As [`write`](GgufWriter::write); `written` hears now and then how many bytes there are.
+    ///
+    /// # Errors
+    /// As for [`write`](GgufWriter::write).
+    pub fn write_telling(&self, path: &Path, written: &mut dyn FnMut(u64)) -> Result<()> {
         let (header, offsets) = self.header()?;
-        let write = || -> io::Result<()> {
-            let mut out = BufWriter::new(File::create(path)?);
-            self.write_to(&mut out, &header, &offsets)?;
-            out.into_inner()?.sync_all()
+        let staged = staged(path);
+        let mut write = || -> io::Result<()> {
+            let mut out = BufWriter::new(File::create(&staged)?);
+            self.write_to(&mut out, &header, &offsets, written)?;
+            out.into_inner()?.sync_all()?;
+            fs::rename(&staged, path)
         };
-        write().map_err(|error| unwritable(path, &error))
+        write().map_err(|error| {
+            let _ = fs::remove_file(&staged);
+            unwritable(path, &error)
+        })
     }
 
     /// The file's bytes.
@@ -95,17 +138,38 @@ impl<'a> GgufWriter<'a> {
     pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let (header, offsets) = self.header()?;
         let mut bytes = Vec::new();
-        self.write_to(&mut bytes, &header, &offsets).map_err(|error| Error::internal(error.to_string()))?;
+        let written = self.write_to(&mut bytes, &header, &offsets, &mut |_| {});
+        written.map_err(|error| Error::internal(error.to_string()))?;
         Ok(bytes)
     }
 
-    fn write_to(&self, out: &mut dyn Write, header: &[u8], offsets: &[usize]) -> io::Result<()> {
+    /// How long the file will be.
+    ///
+    /// # Errors
+    /// What was gathered is no valid file.
+    pub fn bytes(&self) -> Result<u64> {
+        let (header, offsets) = self.header()?;
+        let data = offsets.last().zip(self.tensors.last()).map_or(0, |(offset, tensor)| offset + tensor.bytes);
+        Ok((header.len() + data) as u64)
+    }
+
+    fn write_to(
+        &self,
+        out: &mut dyn Write,
+        header: &[u8],
+        offsets: &[usize],
+        written: &mut dyn FnMut(u64),
+    ) -> io::Result<()> {
         out.write_all(header)?;
         let mut at = 0;
         for (tensor, &offset) in self.tensors.iter().zip(offsets) {
             out.write_all(&vec![0; offset - at])?;
-            out.write_all(&tensor.data)?;
-            at = offset + tensor.data.len();
+            at = offset;
+            for part in &tensor.parts {
+                out.write_all(part)?;
+                at += part.len();
+                written((header.len() + at) as u64);
+            }
         }
         Ok(())
     }
@@ -135,7 +199,7 @@ impl<'a> GgufWriter<'a> {
             out.extend(code.to_le_bytes());
             out.extend((offset as u64).to_le_bytes());
             offsets.push(offset);
-            end = offset + tensor.data.len();
+            end = offset + tensor.bytes;
         }
         out.resize(out.len().next_multiple_of(alignment), 0);
         Ok((out, offsets))
@@ -148,6 +212,13 @@ impl<'a> GgufWriter<'a> {
             Some(_) => Err(Error::invalid("`general.alignment` must be a u32 and a power of two")),
         }
     }
+}
+
+/// The name that a file has until it is whole.
+fn staged(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}.new", std::process::id()));
+    PathBuf::from(name)
 }
 
 macro_rules! from {

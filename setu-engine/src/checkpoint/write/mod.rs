@@ -30,14 +30,17 @@ impl<'a> TensorData<'a> {
         data: impl Into<Cow<'a, [u8]>>,
     ) -> Result<TensorData<'a>> {
         let tensor = TensorData { name: name.into(), dtype, shape: shape.to_vec(), data: data.into() };
-        if dtype.size_of(shape) != Some(tensor.data.len()) {
-            return Err(Error::invalid(format!(
-                "the tensor `{}` has {} bytes, which {dtype} of the shape {shape:?} doesn't take",
-                tensor.name,
-                tensor.data.len()
-            )));
-        }
+        check_size(&tensor.name, dtype, shape, tensor.data.len())?;
         Ok(tensor)
+    }
+}
+
+fn check_size(name: &str, dtype: DType, shape: &[usize], bytes: usize) -> Result<()> {
+    match dtype.size_of(shape) {
+        Some(needed) if needed == bytes => Ok(()),
+        _ => Err(Error::invalid(format!(
+            "the tensor `{name}` has {bytes} bytes, which {dtype} of the shape {shape:?} doesn't take"
+        ))),
     }
 }
 
