@@ -4,7 +4,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use setu_core::DType;
-use setu_engine::checkpoint::write::{GgufArray, GgufValue, GgufWriter, TensorData, write_safetensors};
+use setu_engine::checkpoint::write::{
+    GgufArray, GgufValue, GgufWriter, TensorData, interleaved, twin_tensor, write_safetensors,
+};
 
 use crate::tiny_llama::*;
 
@@ -56,12 +58,14 @@ pub fn gguf_file(model: &TinyLlama, path: &Path, edit: impl FnOnce(&mut GgufWrit
     writer.key("tokenizer.ggml.merges", GgufValue::Array(GgufArray::String(Vec::new())));
     writer.key("tokenizer.ggml.eos_token_id", GgufValue::U32(95));
     for (name, matrix) in &model.tensors {
-        let matrix = match name.as_str() {
-            name if name.contains("q_proj") => interleaved(matrix, HEADS),
-            name if name.contains("k_proj") => interleaved(matrix, KV_HEADS),
-            _ => matrix.clone(),
+        let rows = |heads| interleaved(&matrix.data, matrix.rows, heads).expect("rows of heads");
+        let data = match name.as_str() {
+            name if name.contains("q_proj") => rows(HEADS),
+            name if name.contains("k_proj") => rows(KV_HEADS),
+            _ => matrix.data.clone(),
         };
-        writer.tensor(tensor(&gguf_name(name), &matrix));
+        let placed = twin_tensor(name).expect("a name in GGUF files");
+        writer.tensor(tensor(&placed.name, &Matrix { data, ..*matrix }));
     }
     edit(&mut writer);
     writer.write(path).expect("written");
@@ -92,48 +96,6 @@ fn tokenizer_json() -> Value {
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
     })
-}
-
-/// Q and K as GGUF keeps them: the pairs that rotate together lie side by side.
-fn interleaved(matrix: &Matrix, heads: usize) -> Matrix {
-    let half = HEAD_DIM / 2;
-    let mut data = Vec::with_capacity(matrix.data.len());
-    for head in 0..heads {
-        for row in 0..HEAD_DIM {
-            let source = head * HEAD_DIM + row % 2 * half + row / 2;
-            data.extend_from_slice(&matrix.data[source * matrix.cols..][..matrix.cols]);
-        }
-    }
-    Matrix { data, ..*matrix }
-}
-
-/// The name that GGUF files give a tensor of a Hugging Face checkpoint; experts are named without their number.
-pub(crate) fn gguf_name(name: &str) -> String {
-    let parts = [
-        ("model.embed_tokens", "token_embd"),
-        ("model.norm", "output_norm"),
-        ("lm_head", "output"),
-        ("model.layers.", "blk."),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("self_attn.qkv_proj", "attn_qkv"),
-        ("self_attn.q_norm", "attn_q_norm"),
-        ("self_attn.k_norm", "attn_k_norm"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-        // Gate and up in one.
-        ("mlp.gate_up_proj", "ffn_up"),
-        ("block_sparse_moe.gate", "ffn_gate_inp"),
-        ("block_sparse_moe.experts.w1", "ffn_gate_exps"),
-        ("block_sparse_moe.experts.w2", "ffn_down_exps"),
-        ("block_sparse_moe.experts.w3", "ffn_up_exps"),
-    ];
-    parts.iter().fold(name.to_owned(), |name, (hf, gguf)| name.replace(hf, gguf))
 }
 
 /// Writes a checkpoint of random weights for the model component of `tests/extensions/model-toy`.

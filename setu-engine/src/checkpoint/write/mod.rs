@@ -2,6 +2,7 @@
 
 mod gguf;
 mod safetensors;
+mod twin;
 
 use std::borrow::Cow;
 
@@ -9,6 +10,7 @@ use setu_core::{DType, Error, Result};
 
 pub use gguf::{GgufArray, GgufValue, GgufWriter};
 pub use safetensors::write_safetensors;
+pub use twin::{Twin, TwinTensor, interleaved, twin_tensor};
 
 /// A tensor to write.
 #[derive(Clone, Debug, PartialEq)]
