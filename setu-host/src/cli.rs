@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::commands::{
-    chat, check, completions, config, doctor, keys, model, plugins, run, score, serve, tokenize, why,
+    chat, check, completions, config, doctor, keys, make_dummy, model, plugins, run, score, serve, tokenize, why,
 };
 use crate::config::{Settings, read};
 use crate::logging;
@@ -232,7 +232,8 @@ pub fn command(setup: &Setup) -> Command {
                     .arg(flag("graph", "Print the graph that the model component builds"))
                     .arg(json()),
             ),
-        );
+        )
+        .subcommand(make_dummy::command());
     let why = Command::new("why")
         .about("Tell why a session ran, waited or ended as it did")
         .arg(

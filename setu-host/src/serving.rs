@@ -7,7 +7,7 @@ use std::time::Instant;
 use setu_core::component::{ComponentKind, Kind};
 use setu_core::model::CheckpointInfo;
 use setu_core::sampling::SamplingParams;
-use setu_core::{Error, Graph, Registries, Registry, Result};
+use setu_core::{DType, Error, Graph, Registries, Registry, Result};
 use setu_engine::checkpoint::Checkpoint;
 use setu_engine::config::{EngineConfig, KvConfig, ParallelConfig};
 use setu_engine::core::{Parts, Settings as CoreSettings};
@@ -59,6 +59,17 @@ impl OpenModel {
         let store = Store::open(StoreOptions::from_env()?)?;
         let name = store.parse(name.unwrap_or(&config.name))?;
         OpenModel::from_files(store.resolve(&name, &mut Console::stderr())?, config)
+    }
+
+    /// The model that the `config.json` at `path` or in that folder describes, with random weights in `dtype`.
+    ///
+    /// # Errors
+    /// There is no such file, or it isn't one.
+    pub fn dummy(settings: &Settings, path: &Path, dtype: DType) -> Result<OpenModel> {
+        let config: ModelConfig = own(settings, "model")?;
+        let checkpoint = Checkpoint::dummy(path, dtype)?;
+        let info = checkpoint.info();
+        Ok(OpenModel { name: path.display().to_string(), checkpoint, info, config })
     }
 
     /// Opens the model that `settings` name, unless it would have to be fetched first.

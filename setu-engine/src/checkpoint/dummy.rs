@@ -15,11 +15,13 @@ use super::{Contents, files, hf, quantize};
 use crate::engine::mix;
 
 /// Bytes of random values that a matrix repeats at the earliest.
-const PATTERN_BYTES: usize = 32 << 20;
+pub const PATTERN_BYTES: usize = 32 << 20;
 /// Values that are drawn; what is longer repeats them.
 const DRAWN: usize = 1 << 20;
-/// Largest value of a matrix.
-const SPREAD: f32 = 0.05;
+/// Largest value of a matrix: values are uniform, with a standard deviation of 0.02.
+const SPREAD: f32 = 0.035;
+/// Values that are drawn before they are put into a format.
+const DRAWN_AT_ONCE: usize = 1 << 16;
 
 /// What a checkpoint without weights gives in their place.
 #[derive(Debug)]
@@ -62,7 +64,7 @@ impl Dummy {
                 vector = vector.max(len);
                 continue;
             }
-            let dtype = self.dtype_of(weight);
+            let dtype = dtype_of(weight, self.dtype);
             let (slice, whole) = (slice_bytes(weight, dtype)?, size_of(weight, dtype)?);
             let length = longest.entry(dtype).or_default();
             *length = (*length).max(slice).max(whole.min(PATTERN_BYTES));
@@ -80,7 +82,7 @@ impl Dummy {
             let pattern = if weight.name.ends_with("bias") { &patterns.zeros } else { &patterns.ones };
             return Ok(WeightData { dtype: DType::F32, parts: vec![&pattern[..4 * len]] });
         }
-        let dtype = self.dtype_of(weight);
+        let dtype = dtype_of(weight, self.dtype);
         let (slice, mut left) = (slice_bytes(weight, dtype)?, size_of(weight, dtype)?);
         let pattern = patterns.matrices.get(&dtype).map_or(&[][..], Vec::as_slice);
         // Each part is whole slices, as the parts of a checkpoint are.
@@ -93,15 +95,19 @@ impl Dummy {
         }
         Ok(WeightData { dtype, parts })
     }
-
-    /// The format of a matrix: bfloat16 where its rows aren't whole blocks.
-    fn dtype_of(&self, weight: &Weight) -> DType {
-        let cols = weight.shape.last().copied().unwrap_or(0);
-        if cols.is_multiple_of(self.dtype.block_len()) { self.dtype } else { DType::BF16 }
-    }
 }
 
-fn size_of(weight: &Weight, dtype: DType) -> Result<usize> {
+/// The format of a matrix: bfloat16 where its rows aren't whole blocks of `dtype`.
+pub fn dtype_of(weight: &Weight, dtype: DType) -> DType {
+    let cols = weight.shape.last().copied().unwrap_or(0);
+    if cols.is_multiple_of(dtype.block_len()) { dtype } else { DType::BF16 }
+}
+
+/// Bytes of a weight in `dtype`.
+///
+/// # Errors
+/// Its shape has none, or more than can be counted.
+pub fn size_of(weight: &Weight, dtype: DType) -> Result<usize> {
     let Weight { name, shape, .. } = weight;
     let bytes = dtype.size_of(shape).filter(|&bytes| bytes > 0);
     bytes.ok_or_else(|| Error::invalid(format!("the weight {name} can't have the shape {shape:?}")))
@@ -114,17 +120,30 @@ fn slice_bytes(weight: &Weight, dtype: DType) -> Result<usize> {
 
 /// At least `length` bytes of values in `dtype`, the same at each call.
 fn pattern(dtype: DType, length: usize) -> Vec<u8> {
-    let blocks = length.div_ceil(dtype.block_bytes());
-    let values = (blocks * dtype.block_len()).min(DRAWN).next_multiple_of(dtype.block_len());
-    let mut state = 0_u64;
-    let drawn: Vec<f32> = (0..values).map(|_| SPREAD * uniform(&mut state)).collect();
+    let blocks = length.div_ceil(dtype.block_bytes()).min(DRAWN.div_ceil(dtype.block_len()));
     // Every format holds small finite values.
-    let mut bytes = quantize::quantize(dtype, &drawn).unwrap_or_else(|_| vec![0; dtype.block_bytes()]);
+    let mut bytes = random_blocks(dtype, blocks, 0).unwrap_or_else(|_| vec![0; dtype.block_bytes()]);
     let once = bytes.len();
     while bytes.len() < length {
         bytes.extend_from_within(..once.min(length - bytes.len()));
     }
     bytes
+}
+
+/// Seeded random values in `dtype`.
+///
+/// # Errors
+/// The format can't be made.
+pub fn random_blocks(dtype: DType, blocks: usize, seed: u64) -> Result<Vec<u8>> {
+    let mut state = seed;
+    let mut bytes = Vec::with_capacity(blocks * dtype.block_bytes());
+    let mut left = blocks * dtype.block_len();
+    while left > 0 {
+        let drawn: Vec<f32> = (0..left.min(DRAWN_AT_ONCE)).map(|_| SPREAD * uniform(&mut state)).collect();
+        bytes.extend(quantize::quantize(dtype, &drawn)?);
+        left -= drawn.len();
+    }
+    Ok(bytes)
 }
 
 /// From -1 to 1, by SplitMix64.

@@ -6,6 +6,7 @@ pub mod completions;
 pub mod config;
 pub mod doctor;
 pub mod keys;
+pub mod make_dummy;
 pub mod model;
 pub mod plugins;
 pub mod run;

@@ -1,9 +1,9 @@
-//! `setu model pull|list|inspect`.
+//! `setu model pull|list|inspect|make-dummy`.
 
 use clap::ArgMatches;
 use serde_json::{Value, json};
 
-use super::{human_bytes, print_line};
+use super::{human_bytes, make_dummy, print_line};
 use crate::cli::Failure;
 use crate::models::{Console, Store, StoreOptions};
 use crate::serving::OpenModel;
@@ -13,6 +13,7 @@ pub fn main(matches: &ArgMatches, setup: &mut Setup) -> Result<(), Failure> {
     match matches.subcommand() {
         Some(("pull", matches)) => pull(matches),
         Some(("inspect", matches)) => inspect(matches, setup),
+        Some(("make-dummy", matches)) => make_dummy::main(matches, setup),
         Some((_, matches)) => list(matches),
         None => Ok(()),
     }

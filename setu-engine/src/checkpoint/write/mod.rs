@@ -1,5 +1,6 @@
 //! Writes checkpoints: for tests, and for models made up to try something out.
 
+mod dummy;
 mod gguf;
 mod safetensors;
 mod twin;
@@ -8,6 +9,7 @@ use std::borrow::Cow;
 
 use setu_core::{DType, Error, Result};
 
+pub use dummy::{DummyGguf, DummyOptions};
 pub use gguf::{GgufArray, GgufValue, GgufWriter};
 pub use safetensors::write_safetensors;
 pub use twin::{Twin, TwinTensor, interleaved, twin_tensor};
