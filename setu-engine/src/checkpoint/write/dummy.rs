@@ -21,8 +21,6 @@ const MAX_TOKENS: u32 = 1 << 22;
 /// Kinds of tokens, as GGUF numbers them.
 const NORMAL: i32 = 1;
 const CONTROL: i32 = 3;
-/// llama.cpp writes no text for these, Setu their names.
-const UNUSED: i32 = 5;
 
 /// How a dummy file is made.
 #[derive(Clone, Copy, Debug)]
@@ -163,11 +161,8 @@ fn vocabulary(writer: &mut GgufWriter<'_>, size: u32) -> Result<()> {
     let bytes = (0..=255).map(|byte| written_byte_level(&[byte]));
     let unused = (BYTES + 1..size).map(|id| format!("<{id}>"));
     let tokens: Vec<String> = bytes.chain([END.to_owned()]).chain(unused).collect();
-    let kind = |id| match id {
-        ..BYTES => NORMAL,
-        BYTES => CONTROL,
-        _ => UNUSED,
-    };
+    // Those that nobody uses are normal too: for tokens that are told to be unused some engines write no text.
+    let kind = |id| if id == BYTES { CONTROL } else { NORMAL };
     writer.key("tokenizer.ggml.model", "gpt2");
     writer.key("tokenizer.ggml.pre", "gpt-2");
     writer.key("tokenizer.ggml.tokens", tokens);
