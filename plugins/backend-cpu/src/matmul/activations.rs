@@ -2,7 +2,7 @@
 //!
 //! Integer activations have one f32 scale per unit of 32 columns. Their error is most of a quantized model's
 //! distance from the exact one, so the scale isn't rounded to f16 as elsewhere, and [`Precision::Int16`]
-//! gives the inputs with large outliers a second digit at the price of a second dot product.
+//! gives the inputs with large outliers twice the bits at the price of a second dot product.
 //!
 //! Tokens lie in *tiles* of eight, units of a tile one after the other, a *record* each: the eight tokens' values,
 //! scales and sums. A tile is so read front to back, whether for eight tokens or for one.
@@ -28,7 +28,7 @@ pub(super) const TILE: usize = 8;
 pub enum Precision {
     /// Eight bits: 254 steps over the range of 32 values.
     Int8,
-    /// Two digits of eight bits: 32,512 steps.
+    /// Sixteen bits: 65,534 steps.
     Int16,
     /// As they are. The only one for weights stored as floats.
     F32,
@@ -36,8 +36,6 @@ pub enum Precision {
 
 /// What a [`Precision`] means for a record: offsets in bytes.
 pub(super) struct Record {
-    /// Bytes of one digit of all tokens (of one value's bytes for f32).
-    pub(super) digit: usize,
     /// Scales, one f32 a token.
     pub(super) scales: usize,
     /// Scaled sums of the unit's values, one f32 a token.
@@ -49,20 +47,14 @@ pub(super) struct Record {
 
 impl Precision {
     pub(super) const fn record(self) -> Record {
-        let (digit, digits) = match self {
-            Precision::Int8 => (TILE * UNIT, 1),
-            Precision::Int16 => (TILE * UNIT, 2),
-            Precision::F32 => (4 * TILE * UNIT, 1),
+        let value_bytes = match self {
+            Precision::Int8 => 1,
+            Precision::Int16 => 2,
+            Precision::F32 => 4,
         };
-        let scales = digit * digits;
+        let scales = TILE * UNIT * value_bytes;
         let per_token = 4 * TILE;
-        Record {
-            digit,
-            scales,
-            scaled_sums: scales + per_token,
-            sums: scales + 2 * per_token,
-            bytes: scales + 5 * per_token,
-        }
+        Record { scales, scaled_sums: scales + per_token, sums: scales + 2 * per_token, bytes: scales + 5 * per_token }
     }
 }
 
@@ -143,12 +135,12 @@ impl Activations {
                 let unit = self.tile(token / TILE).add(col / UNIT * record.bytes);
                 let at = token % TILE * UNIT + col % UNIT;
                 let scale = unit.add(record.scales).cast::<f32>().add(token % TILE).read_unaligned();
-                let high = i32::from(unit.cast::<i8>().add(at).read());
                 match self.precision {
-                    Precision::Int8 => scale * high as f32,
+                    Precision::Int8 => scale * f32::from(unit.cast::<i8>().add(at).read()),
                     Precision::Int16 => {
-                        let low = i32::from(unit.add(record.digit).cast::<i8>().add(at).read());
-                        scale * (high * DIGIT + low) as f32
+                        let values = unit.cast::<[i16; UNIT]>().add(token % TILE).read_unaligned();
+                        let at = paired(&std::array::from_fn(|i| i)).iter().position(|&i| i == col % UNIT);
+                        scale * f32::from(values[at.unwrap_or(0)])
                     }
                     Precision::F32 => unit.cast::<f32>().add(at).read_unaligned(),
                 }
@@ -196,11 +188,9 @@ impl Slot {
     }
 }
 
-/// What a step of the upper digit is worth.
-pub(super) const DIGIT: i32 = 128;
-/// Largest magnitudes: of one digit, and of two (both digits then fit in a signed byte).
+/// Largest magnitudes.
 const MAX_INT8: f32 = 127.0;
-const MAX_INT16: f32 = 127.0 * DIGIT as f32;
+const MAX_INT16: f32 = 32_767.0;
 /// Units whose values are all smaller count as zero, so that no reciprocal overflows.
 const SMALLEST: f32 = 1e-30;
 
@@ -234,8 +224,14 @@ unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
         // SAFETY: as the caller vouches, one record a unit.
         unsafe {
             match precision {
-                Precision::Int8 => write_integers(unit, to, Precision::Int8.record(), MAX_INT8),
-                Precision::Int16 => write_integers(unit, to, Precision::Int16.record(), MAX_INT16),
+                Precision::Int8 => {
+                    let integers = write_scales(unit, to, Precision::Int8.record(), MAX_INT8);
+                    to.put(0, integers.map(|integer| integer as i8));
+                }
+                Precision::Int16 => {
+                    let integers = write_scales(unit, to, Precision::Int16.record(), MAX_INT16);
+                    to.put(0, paired(&integers.map(|integer| integer as i16)));
+                }
                 Precision::F32 => write_floats(unit, to),
             }
             to = Slot { unit: to.unit.wrapping_add(precision.record().bytes), ..to };
@@ -243,10 +239,19 @@ unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
     }
 }
 
-/// # Safety
-/// `to` must be a slot of `record`, whose digits hold up to `max`.
+/// The order of sixteen-bit values: of each quad the first and third, then the second and fourth, as codes of eight
+/// bits come apart into halves of words.
 #[inline(always)]
-unsafe fn write_integers(values: &[f32; UNIT], to: Slot, record: Record, max: f32) {
+fn paired<T: Copy>(values: &[T; UNIT]) -> [T; UNIT] {
+    std::array::from_fn(|i| values[i / 4 * 4 + [0, 2, 1, 3][i % 4]])
+}
+
+/// Writes scale and sums of integers up to `max`, and returns those.
+///
+/// # Safety
+/// `to` must be a slot of `record`.
+#[inline(always)]
+unsafe fn write_scales(values: &[f32; UNIT], to: Slot, record: Record, max: f32) -> [i32; UNIT] {
     // Compared as integers, infinity and NaN are larger than all finite values.
     let largest = values.iter().map(|x| x.to_bits() & !(1 << 31)).fold(0, u32::max);
     let largest = f32::from_bits(largest);
@@ -269,23 +274,13 @@ unsafe fn write_integers(values: &[f32; UNIT], to: Slot, record: Record, max: f3
     }
     // SAFETY: as the caller vouches, these are the places of the record's parts.
     unsafe {
-        let two_digits = record.scales != record.digit;
-        let (mut high, mut low) = ([0_i8; UNIT], [0_i8; UNIT]);
-        for ((high, low), integer) in high.iter_mut().zip(&mut low).zip(integers) {
-            let upper = if two_digits { integer.wrapping_add(DIGIT / 2) >> DIGIT.trailing_zeros() } else { integer };
-            *high = upper as i8;
-            *low = integer.wrapping_sub(upper.wrapping_mul(DIGIT)) as i8;
-        }
-        to.put(0, high);
-        if two_digits {
-            to.put(record.digit, low);
-        }
         to.put(record.scales, scale);
         to.put(record.scaled_sums, scale * sum as f32);
         for (i, sum) in [sum.wrapping_sub(second_sum), second_sum, sum].into_iter().enumerate() {
             to.put(record.sums + 4 * TILE * i, sum.wrapping_neg());
         }
     }
+    integers
 }
 
 /// # Safety

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use setu_core::{DType, Error, Result};
 
-use super::activations::{Activations, DIGIT, Precision, TILE};
+use super::activations::{Activations, Precision, TILE};
 use super::isa::{Isa, Kind};
 use super::layout::{self, Codes, Format, LINE, ROWS, UNIT};
 use super::pack::PackedMatrix;
@@ -170,7 +170,11 @@ trait Mode<F: Format> {
 
     /// Most tokens at a time.
     fn tokens<S: Simd>() -> usize;
+    /// Quads between two folds.
+    fn quads<S: Simd>() -> usize;
     unsafe fn zero<S: Simd, const N: usize>() -> Self::Dots<S, N>;
+    /// Makes room for more quads.
+    unsafe fn fold<S: Simd, const N: usize>(dots: &mut Self::Dots<S, N>);
     /// Adds the products of quad `J`. `values` are the unit's of the first token.
     unsafe fn quad<S: Simd, const J: usize, const N: usize>(
         unit: *const u8,
@@ -182,23 +186,46 @@ trait Mode<F: Format> {
     unsafe fn finish<S: Simd, const N: usize>(dots: Self::Dots<S, N>, part_sums: *const u8) -> [S::Float; N];
 }
 
-/// Integer activations of one or two digits.
-struct Integers<const DIGITS: usize>;
+/// Activations of eight bits.
+struct Bytes;
 
-impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
-    const PRECISION: Precision = if DIGITS == 1 { Precision::Int8 } else { Precision::Int16 };
+/// Sums of `N` tokens' products of bytes.
+#[derive(Clone, Copy)]
+struct ByteSums<S: Simd, const N: usize> {
+    folded: [S::Int; N],
+    partial: [S::Partial; N],
+}
+
+impl<F: Codes> Mode<F> for Bytes {
+    const PRECISION: Precision = Precision::Int8;
     const VALUE: usize = 1;
-    type Dots<S: Simd, const N: usize> = [[S::Int; N]; DIGITS];
+    type Dots<S: Simd, const N: usize> = ByteSums<S, N>;
 
     #[inline(always)]
     fn tokens<S: Simd>() -> usize {
-        S::TOKENS[DIGITS - 1]
+        S::TOKENS
     }
 
     #[inline(always)]
-    unsafe fn zero<S: Simd, const N: usize>() -> [[S::Int; N]; DIGITS] {
+    fn quads<S: Simd>() -> usize {
+        S::QUADS[F::BITS]
+    }
+
+    #[inline(always)]
+    unsafe fn zero<S: Simd, const N: usize>() -> ByteSums<S, N> {
         // SAFETY: as the caller vouches.
-        [[unsafe { S::splat(0) }; N]; DIGITS]
+        unsafe { ByteSums { folded: [S::splat(0); N], partial: [S::none(); N] } }
+    }
+
+    #[inline(always)]
+    unsafe fn fold<S: Simd, const N: usize>(dots: &mut ByteSums<S, N>) {
+        for (folded, partial) in dots.folded.iter_mut().zip(&mut dots.partial) {
+            // SAFETY: as the caller vouches.
+            unsafe {
+                *folded = S::fold(*folded, *partial, F::WIDE);
+                *partial = S::none();
+            }
+        }
     }
 
     #[inline(always)]
@@ -206,44 +233,105 @@ impl<F: Codes, const DIGITS: usize> Mode<F> for Integers<DIGITS> {
         unit: *const u8,
         lane: usize,
         values: *const u8,
-        dots: &mut [[S::Int; N]; DIGITS],
+        dots: &mut ByteSums<S, N>,
     ) {
-        let record = const { <Self as Mode<F>>::PRECISION.record() };
-        // SAFETY: each digit has four bytes for quad `J` of each token, `UNIT` bytes apart.
+        // SAFETY: there are four bytes for quad `J` of each token, `UNIT` bytes apart.
         unsafe {
             let codes = F::codes::<S, J>(unit, lane);
-            for (digit, dots) in dots.iter_mut().enumerate() {
-                for (token, dot) in dots.iter_mut().enumerate() {
-                    let quad = values.add(digit * record.digit + token * UNIT + 4 * J).cast::<i32>();
-                    *dot = S::dot(*dot, codes, quad.read_unaligned(), F::WIDE);
-                }
+            for (token, dot) in dots.partial.iter_mut().enumerate() {
+                let quad = values.add(token * UNIT + 4 * J).cast::<i32>().read_unaligned();
+                *dot = S::dot(*dot, codes, quad, F::WIDE);
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(dots: [[S::Int; N]; DIGITS], part_sums: *const u8) -> [S::Float; N] {
+    unsafe fn finish<S: Simd, const N: usize>(dots: ByteSums<S, N>, part_sums: *const u8) -> [S::Float; N] {
         // SAFETY: as the caller vouches.
+        unsafe { centred::<S, F, N>(dots.folded, F::WIDE && S::CENTRED, part_sums) }
+    }
+}
+
+/// Activations of sixteen bits.
+struct Words;
+
+impl<F: Codes> Mode<F> for Words {
+    const PRECISION: Precision = Precision::Int16;
+    const VALUE: usize = 2;
+    type Dots<S: Simd, const N: usize> = [S::Int; N];
+
+    #[inline(always)]
+    fn tokens<S: Simd>() -> usize {
+        S::TOKENS
+    }
+
+    #[inline(always)]
+    fn quads<S: Simd>() -> usize {
+        8
+    }
+
+    #[inline(always)]
+    unsafe fn zero<S: Simd, const N: usize>() -> [S::Int; N] {
+        // SAFETY: as the caller vouches.
+        [unsafe { S::splat(0) }; N]
+    }
+
+    #[inline(always)]
+    unsafe fn fold<S: Simd, const N: usize>(_dots: &mut [S::Int; N]) {}
+
+    #[inline(always)]
+    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
+        unit: *const u8,
+        lane: usize,
+        values: *const u8,
+        dots: &mut [S::Int; N],
+    ) {
+        // SAFETY: there are two pairs of sixteen bits for quad `J` of each token, `UNIT` values apart.
         unsafe {
-            std::array::from_fn(|token| {
-                let dot = match DIGITS {
-                    1 => dots[0][token],
-                    _ => S::add(S::shl::<{ DIGIT.trailing_zeros() }>(dots[0][token]), dots[1][token]),
-                };
-                if F::MIN {
-                    return S::to_float(dot);
-                }
-                let sum = S::splat(part_sums.cast::<i32>().add(token).read_unaligned());
-                let offset = match F::ZERO_SHIFT {
-                    2 => S::shl::<2>(sum),
-                    3 => S::shl::<3>(sum),
-                    4 => S::shl::<4>(sum),
-                    5 => S::shl::<5>(sum),
-                    _ => S::shl::<7>(sum),
-                };
-                S::to_float(S::add(dot, offset))
-            })
+            let codes = F::codes::<S, J>(unit, lane);
+            let low = S::splat(0x00ff_00ff);
+            let (even, odd) = (S::and(codes, low), S::and(S::shr::<8>(codes), low));
+            for (token, dot) in dots.iter_mut().enumerate() {
+                let pairs = values.add(2 * (token * UNIT + 4 * J)).cast::<i32>();
+                *dot = S::dot_words(*dot, even, pairs.read_unaligned());
+                *dot = S::dot_words(*dot, odd, pairs.add(1).read_unaligned());
+            }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn finish<S: Simd, const N: usize>(dots: [S::Int; N], part_sums: *const u8) -> [S::Float; N] {
+        // SAFETY: as the caller vouches.
+        unsafe { centred::<S, F, N>(dots, false, part_sums) }
+    }
+}
+
+/// Sums of products as f32, codes counted from their zero. `done` says that they were already.
+///
+/// # Safety
+/// As for [`Mode::finish`].
+#[inline(always)]
+unsafe fn centred<S: Simd, F: Codes, const N: usize>(
+    dots: [S::Int; N],
+    done: bool,
+    part_sums: *const u8,
+) -> [S::Float; N] {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        std::array::from_fn(|token| {
+            if F::MIN || done {
+                return S::to_float(dots[token]);
+            }
+            let sum = S::splat(part_sums.cast::<i32>().add(token).read_unaligned());
+            let offset = match F::BITS {
+                3 => S::shl::<2>(sum),
+                4 => S::shl::<3>(sum),
+                5 => S::shl::<4>(sum),
+                6 => S::shl::<5>(sum),
+                _ => S::shl::<7>(sum),
+            };
+            S::to_float(S::add(dots[token], offset))
+        })
     }
 }
 
@@ -258,7 +346,12 @@ impl<F: Format> Mode<F> for Floats {
     #[inline(always)]
     fn tokens<S: Simd>() -> usize {
         // Codes with f32 are there for exactness: fewer instances compile faster.
-        if F::SCALED { S::TOKENS[0].min(4) } else { S::TOKENS[0] }
+        if F::SCALED { S::TOKENS.min(4) } else { S::TOKENS }
+    }
+
+    #[inline(always)]
+    fn quads<S: Simd>() -> usize {
+        8
     }
 
     #[inline(always)]
@@ -266,6 +359,9 @@ impl<F: Format> Mode<F> for Floats {
         // SAFETY: as the caller vouches.
         [unsafe { S::splat_float(0.0) }; N]
     }
+
+    #[inline(always)]
+    unsafe fn fold<S: Simd, const N: usize>(_dots: &mut [S::Float; N]) {}
 
     #[inline(always)]
     unsafe fn quad<S: Simd, const J: usize, const N: usize>(
@@ -309,14 +405,20 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
     // SAFETY: as the caller vouches; a record holds `TILE` scales and sums at these places.
     unsafe {
         let mut dots = M::zero::<S, N>();
+        let between_folds = M::quads::<S>().min(8 / F::PARTS);
         macro_rules! quads {
-            ($($j:literal)*) => {{ $(M::quad::<S, $j, N>(unit, lane, values, &mut dots);)* }};
+            ($($at:literal: $j:literal),*) => {{$(
+                M::quad::<S, $j, N>(unit, lane, values, &mut dots);
+                if ($at + 1) % between_folds == 0 {
+                    M::fold::<S, N>(&mut dots);
+                }
+            )*}};
         }
         match (F::PARTS, PART) {
             // A line's low and high nibbles in turn.
-            (1, _) => quads!(0 4 1 5 2 6 3 7),
-            (_, 0) => quads!(0 1 2 3),
-            _ => quads!(4 5 6 7),
+            (1, _) => quads!(0: 0, 1: 4, 2: 1, 3: 5, 4: 2, 5: 6, 6: 3, 7: 7),
+            (_, 0) => quads!(0: 0, 1: 1, 2: 2, 3: 3),
+            _ => quads!(0: 4, 1: 5, 2: 6, 3: 7),
         }
         let part_sums = record.add(places.sums + 4 * TILE * (if F::PARTS == 1 { 2 } else { PART }));
         let dots = M::finish::<S, N>(dots, part_sums);
@@ -467,8 +569,8 @@ macro_rules! table {
         $vis fn $name(dtype: DType, precision: Precision) -> Option<Run> {
             fn coded<F: Codes>(precision: Precision) -> Run {
                 match precision {
-                    Precision::Int8 => $entry::<F, Integers<1>>,
-                    Precision::Int16 => $entry::<F, Integers<2>>,
+                    Precision::Int8 => $entry::<F, Bytes>,
+                    Precision::Int16 => $entry::<F, Words>,
                     Precision::F32 => $float::<F, Floats>,
                 }
             }
@@ -506,6 +608,7 @@ table!(portable, run_portable, run_portable);
 mod x86 {
     use super::super::simd::avx2::{Avx2, Avx2Vnni};
     use super::super::simd::avx512::Avx512;
+    use super::super::simd::pair::Pair;
     use super::*;
 
     macro_rules! entry {
@@ -520,8 +623,8 @@ mod x86 {
         };
     }
 
-    entry!(run_avx2, Avx2, "avx2,fma,f16c");
-    entry!(run_avx2_vnni, Avx2Vnni, "avx2,fma,f16c,avxvnni");
+    entry!(run_avx2, Pair<Avx2>, "avx2,fma,f16c");
+    entry!(run_avx2_vnni, Pair<Avx2Vnni>, "avx2,fma,f16c,avxvnni");
     entry!(run_avx512, Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
 
     table!(pub(super) avx2, run_avx2, run_avx2);

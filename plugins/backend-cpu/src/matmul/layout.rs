@@ -56,8 +56,8 @@ pub(super) trait Format {
 pub(super) trait Codes: Format {
     /// Whether codes may exceed 127.
     const WIDE: bool;
-    /// The code of zero is `1 << ZERO_SHIFT`, unless there is a min: then it is 0.
-    const ZERO_SHIFT: u32;
+    /// Bits of a code. That of zero is half of the range, or 0 where there is a min.
+    const BITS: usize;
 
     /// The codes of a quad, a byte a column.
     unsafe fn codes<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> S::Int;
@@ -139,7 +139,7 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> F
         unsafe {
             let codes = Self::codes::<S, J>(unit, lane);
             let byte = S::splat(0xff);
-            let zero = S::splat(if MIN { 0 } else { 1 << Self::ZERO_SHIFT });
+            let zero = S::splat(if MIN { 0 } else { 1 << (BITS - 1) });
             let value = |code| S::to_float(if MIN { code } else { S::sub(code, zero) });
             [
                 value(S::and(codes, byte)),
@@ -155,7 +155,7 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> C
     for Coded<BITS, MIN, PARTS, NESTED>
 {
     const WIDE: bool = BITS == 8;
-    const ZERO_SHIFT: u32 = BITS - 1;
+    const BITS: usize = BITS as usize;
 
     #[inline(always)]
     unsafe fn codes<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> S::Int {
@@ -234,7 +234,8 @@ impl Element for f32 {
         // SAFETY: a unit has a line for each of its 32 columns.
         unsafe {
             let at = unit.add(4 * J * LINE + 4 * lane);
-            [0, 1, 2, 3].map(|column| S::as_float(S::load(at.add(column * LINE))))
+            let value = |column: usize| S::as_float(S::load(at.add(column * LINE)));
+            [value(0), value(1), value(2), value(3)]
         }
     }
 }
@@ -245,7 +246,8 @@ impl Element for half::f16 {
         // SAFETY: a unit has half a line for each of its 32 columns.
         unsafe {
             let at = unit.add(2 * J * LINE + 2 * lane);
-            [0, 1, 2, 3].map(|column| S::load_f16(at.add(column * LINE / 2)))
+            let value = |column: usize| S::load_f16(at.add(column * LINE / 2));
+            [value(0), value(1), value(2), value(3)]
         }
     }
 }
@@ -258,7 +260,12 @@ impl Element for half::bf16 {
             let at = unit.add(2 * J * LINE + 4 * lane);
             let high = S::splat(0xffff_0000_u32 as i32);
             let [a, b] = [S::load(at), S::load(at.add(LINE))];
-            [S::shl::<16>(a), S::and(a, high), S::shl::<16>(b), S::and(b, high)].map(|value| S::as_float(value))
+            [
+                S::as_float(S::shl::<16>(a)),
+                S::as_float(S::and(a, high)),
+                S::as_float(S::shl::<16>(b)),
+                S::as_float(S::and(b, high)),
+            ]
         }
     }
 }

@@ -7,6 +7,7 @@
 pub(super) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512;
+pub(super) mod pair;
 pub(super) mod portable;
 
 /// A vector unit with `LANES` lanes of 32 bits.
@@ -16,12 +17,18 @@ pub(super) mod portable;
 /// valid for the bytes that the function names, at any alignment.
 pub(super) trait Simd: Copy {
     const LANES: usize;
-    /// Most tokens whose sums fit in registers, with one and with two digits; 1, 2, 4 or 8.
-    const TOKENS: [usize; 2];
+    /// Most tokens whose sums fit in registers; 1, 2, 4 or 8.
+    const TOKENS: usize;
     /// `LANES` integers of 32 bits.
     type Int: Copy;
     /// `LANES` f32.
     type Float: Copy;
+    /// Sums of products of a few quads.
+    type Partial: Copy;
+    /// How many quads of codes of so many bits a `Partial` has room for; a power of two.
+    const QUADS: [usize; 9];
+    /// Whether [`dot`](Simd::dot) counts wide codes from 128 instead of from 0.
+    const CENTRED: bool;
 
     /// Asks for a cache line, anywhere.
     unsafe fn prefetch(at: *const u8);
@@ -37,9 +44,15 @@ pub(super) trait Simd: Copy {
     unsafe fn shl<const BITS: u32>(a: Self::Int) -> Self::Int;
     /// Shifts zeros in.
     unsafe fn shr<const BITS: u32>(a: Self::Int) -> Self::Int;
+    /// A partial sum of nothing.
+    unsafe fn none() -> Self::Partial;
     /// Adds to each lane of `sums` the dot product of its four unsigned bytes in `codes` with the four
-    /// signed bytes of `quad`. `wide`, a constant, says that codes may exceed 127.
-    unsafe fn dot(sums: Self::Int, codes: Self::Int, quad: i32, wide: bool) -> Self::Int;
+    /// signed bytes of `quad`, of which none is -128. `wide`, a constant, says that codes may exceed 127.
+    unsafe fn dot(sums: Self::Partial, codes: Self::Int, quad: i32, wide: bool) -> Self::Partial;
+    /// Adds to each lane of `sums` the dot product of its two signed halves in `codes` with those of `pair`.
+    unsafe fn dot_words(sums: Self::Int, codes: Self::Int, pair: i32) -> Self::Int;
+    /// `sums` and what was summed up in `partial`.
+    unsafe fn fold(sums: Self::Int, partial: Self::Partial, wide: bool) -> Self::Int;
 
     unsafe fn to_float(a: Self::Int) -> Self::Float;
     /// The same bits as f32.

@@ -23,9 +23,10 @@ macro_rules! op {
 macro_rules! common {
     ($features:literal) => {
         const LANES: usize = 8;
-        const TOKENS: [usize; 2] = [4, 2];
+        const TOKENS: usize = 4;
         type Int = __m256i;
         type Float = __m256;
+        type Partial = __m256i;
 
         op! { $features
             fn prefetch(at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
@@ -34,6 +35,7 @@ macro_rules! common {
             // SAFETY: the caller vouches for 8 readable bytes.
             fn load_i8(from: *const u8) -> __m256i { _mm256_cvtepi8_epi32(unsafe { _mm_loadl_epi64(from.cast()) }) }
             fn splat(value: i32) -> __m256i { _mm256_set1_epi32(value) }
+            fn none() -> __m256i { _mm256_setzero_si256() }
             fn add(a: __m256i, b: __m256i) -> __m256i { _mm256_add_epi32(a, b) }
             fn sub(a: __m256i, b: __m256i) -> __m256i { _mm256_sub_epi32(a, b) }
             fn and(a: __m256i, b: __m256i) -> __m256i { _mm256_and_si256(a, b) }
@@ -56,29 +58,40 @@ macro_rules! common {
 
 impl Simd for Avx2 {
     common!("avx2,fma,f16c");
+    // Sixteen bits hold the sums of two products each: 2 × 15 × 127 × 8 of codes of four bits, say.
+    const QUADS: [usize; 9] = [8, 8, 8, 8, 8, 4, 2, 1, 8];
+    const CENTRED: bool = true;
     op! { "avx2,fma,f16c"
         fn dot(sums: __m256i, codes: __m256i, quad: i32, wide: bool) -> __m256i {
             if wide {
-                // Pairs of 255 × 127 overflow the 16 bits of `maddubs`.
-                let quads = _mm256_set1_epi32(quad);
-                let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(quads));
-                let odd = _mm256_srai_epi16::<8>(quads);
-                let even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0xff)), even);
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(codes), odd);
-                _mm256_add_epi32(sums, _mm256_add_epi32(even, odd))
-            } else {
-                let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quad));
+                // 255 × 127 twice overflows sixteen bits; 128 × 127 twice doesn't.
+                let codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(_mm256_set1_epi32(quad), codes));
                 _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            } else {
+                _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quad)))
             }
+        }
+        fn dot_words(sums: __m256i, codes: __m256i, pair: i32) -> __m256i {
+            _mm256_add_epi32(sums, _mm256_madd_epi16(codes, _mm256_set1_epi32(pair)))
+        }
+        fn fold(sums: __m256i, partial: __m256i, wide: bool) -> __m256i {
+            _mm256_add_epi32(sums, if wide { partial } else { _mm256_madd_epi16(partial, _mm256_set1_epi16(1)) })
         }
     }
 }
 
 impl Simd for Avx2Vnni {
     common!("avx2,fma,f16c,avxvnni");
+    const QUADS: [usize; 9] = [8; 9];
+    const CENTRED: bool = false;
     op! { "avx2,fma,f16c,avxvnni"
         fn dot(sums: __m256i, codes: __m256i, quad: i32, _wide: bool) -> __m256i {
             _mm256_dpbusd_avx_epi32(sums, codes, _mm256_set1_epi32(quad))
         }
+        fn dot_words(sums: __m256i, codes: __m256i, pair: i32) -> __m256i {
+            _mm256_dpwssd_avx_epi32(sums, codes, _mm256_set1_epi32(pair))
+        }
+        fn fold(sums: __m256i, partial: __m256i, _wide: bool) -> __m256i { _mm256_add_epi32(sums, partial) }
     }
 }

@@ -19,9 +19,12 @@ macro_rules! op {
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
-    const TOKENS: [usize; 2] = [8, 8];
+    const TOKENS: usize = 8;
     type Int = __m512i;
     type Float = __m512;
+    type Partial = __m512i;
+    const QUADS: [usize; 9] = [8; 9];
+    const CENTRED: bool = false;
 
     op! {
         fn prefetch(at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
@@ -36,9 +39,14 @@ impl Simd for Avx512 {
         fn or(a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
         fn shl<const BITS: u32>(a: __m512i) -> __m512i { _mm512_slli_epi32::<BITS>(a) }
         fn shr<const BITS: u32>(a: __m512i) -> __m512i { _mm512_srli_epi32::<BITS>(a) }
+        fn none() -> __m512i { _mm512_setzero_si512() }
         fn dot(sums: __m512i, codes: __m512i, quad: i32, _wide: bool) -> __m512i {
             _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(quad))
         }
+        fn dot_words(sums: __m512i, codes: __m512i, pair: i32) -> __m512i {
+            _mm512_dpwssd_epi32(sums, codes, _mm512_set1_epi32(pair))
+        }
+        fn fold(sums: __m512i, partial: __m512i, _wide: bool) -> __m512i { _mm512_add_epi32(sums, partial) }
         fn to_float(a: __m512i) -> __m512 { _mm512_cvtepi32_ps(a) }
         fn as_float(a: __m512i) -> __m512 { _mm512_castsi512_ps(a) }
         // SAFETY: the caller vouches for 32 readable bytes.

@@ -30,9 +30,12 @@ fn map<T: Copy, U: Copy + Default>(from: [T; LANES], f: impl Fn(T) -> U) -> [U; 
 
 impl Simd for Portable {
     const LANES: usize = LANES;
-    const TOKENS: [usize; 2] = [1, 1];
+    const TOKENS: usize = 1;
     type Int = [i32; LANES];
     type Float = [f32; LANES];
+    type Partial = [i32; LANES];
+    const QUADS: [usize; 9] = [8; 9];
+    const CENTRED: bool = false;
 
     #[inline(always)]
     unsafe fn prefetch(_at: *const u8) {}
@@ -84,6 +87,24 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn shr<const BITS: u32>(a: Self::Int) -> Self::Int {
         map(a, |a| (a as u32 >> BITS) as i32)
+    }
+
+    #[inline(always)]
+    unsafe fn none() -> Self::Partial {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn dot_words(sums: Self::Int, codes: Self::Int, pair: i32) -> Self::Int {
+        let (low, high) = (i32::from(pair as i16), pair >> 16);
+        zip(sums, codes, |sum, codes| {
+            sum.wrapping_add(i32::from(codes as i16).wrapping_mul(low)).wrapping_add((codes >> 16).wrapping_mul(high))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn fold(sums: Self::Int, partial: Self::Partial, _wide: bool) -> Self::Int {
+        zip(sums, partial, i32::wrapping_add)
     }
 
     #[inline(always)]
