@@ -57,7 +57,7 @@ impl Report {
         })
     }
 
-    /// Every setting that isn't at its default's mercy alone: of all components in use, as they stand in a file.
+    /// The settings of all components in use, as they would stand in a file.
     fn settings(&self) -> Value {
         let of = |component: &ComponentInUse| {
             let settings = component.settings.iter().map(|setting| (setting.name.clone(), json!(setting.value)));
