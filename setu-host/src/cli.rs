@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::commands::{
-    chat, check, completions, config, doctor, keys, make_dummy, model, plugins, run, score, serve, tokenize, why,
+    bench, chat, check, completions, config, doctor, keys, make_dummy, model, plugins, run, score, serve, tokenize, why,
 };
 use crate::config::{Settings, read};
 use crate::logging;
@@ -75,7 +75,7 @@ fn fail(message: &str, code: u8) -> ExitCode {
 }
 
 fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Failure> {
-    let with_settings = ["run", "score", "serve", "tokenize"].contains(&name);
+    let with_settings = ["bench", "run", "score", "serve", "tokenize"].contains(&name);
     if !with_settings {
         return match name {
             "plugins" => plugins::main(matches, &mut setup),
@@ -98,6 +98,7 @@ fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Fa
     }
     let settings = if name == "tokenize" { settings } else { choose_backend(&mut setup, settings) };
     match name {
+        "bench" => bench::main(matches, &setup, settings),
         "score" => score::main(matches, &setup, settings),
         "serve" => serve::main(matches, setup, settings),
         "tokenize" => tokenize::main(matches, settings),
@@ -249,6 +250,7 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(setup.add_flags(run))
+        .subcommand(setup.add_flags(bench::command().arg(json()).arg(verbose())))
         .subcommand(setup.add_flags(score))
         .subcommand(setup.add_flags(serve))
         .subcommand(setup.add_flags(tokenize))

@@ -16,9 +16,9 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use setu_backend_cuda::ceilings::Ceilings;
 use setu_core::backend::{CompileOptions, ExecutableInfo, Want};
-use setu_core::graph::Op;
+use setu_core::graph::Work;
 use setu_core::model::GraphOptions;
-use setu_core::{DType, Error, Graph, Registries, Result};
+use setu_core::{DType, Error, Registries, Result};
 use setu_engine::checkpoint::Checkpoint;
 use setu_engine::load;
 use setu_host::serving::Serving;
@@ -196,7 +196,8 @@ fn measure_model(plan: &Plan, folder: &Path, dtype: DType, rates: Rates) -> Resu
     let mut backend = (registries.backends.get("cuda")?.build)(&plan.options)?;
     let exec = backend.compile(&graph, &weights, &options)?;
     let (info, load_s) = (exec.info(), started.elapsed().as_secs_f64());
-    let mut bench = Bench { rig: Rig::of(&graph, exec, options), work: Work::of(&graph, &info, dtype), info };
+    let formats: Vec<DType> = weights.iter().map(|weight| weight.dtype).collect();
+    let mut bench = Bench { rig: Rig::of(&graph, exec, options), work: Work::of(&graph, &formats), info };
     let (mut decode, mut prefill) = (Vec::new(), Vec::new());
     for &context in &plan.contexts {
         for &batch in &plan.batches {
@@ -213,52 +214,6 @@ fn measure_model(plan: &Plan, folder: &Path, dtype: DType, rates: Rates) -> Resu
         "decode": decode,
         "prefill": prefill,
     }))
-}
-
-/// What a token costs.
-struct Work {
-    /// Bytes of weights that a step reads: all but an embedding that is no head.
-    weight_bytes: f64,
-    /// Multiplications and additions of a token, without attention and the head; and of the head.
-    operations: f64,
-    head_operations: f64,
-    /// Those of a query for each key that it sees.
-    attention_operations: f64,
-    kv_bytes: f64,
-}
-
-impl Work {
-    fn of(graph: &Graph, info: &ExecutableInfo, dtype: DType) -> Work {
-        let elements = |id| graph.weight(id).shape.iter().product::<usize>() as f64;
-        let (mut operations, mut head_operations, mut attention_operations) = (0.0, 0.0, 0.0);
-        let mut weight_bytes = info.weight_bytes as f64;
-        let heads: Vec<_> = graph.nodes.iter().filter(|node| node.name == "head").collect();
-        for node in &graph.nodes {
-            match node.op {
-                Op::Linear { weight, .. } if node.name == "head" => head_operations += 2.0 * elements(weight),
-                Op::Linear { weight, .. } => operations += 2.0 * elements(weight),
-                Op::Experts { gate, up, down, .. } => {
-                    let experts = graph.weight(gate).shape[0] as f64;
-                    let used = graph.nodes.iter().find_map(|node| match node.op {
-                        Op::Route { top_k, .. } => Some(f64::from(top_k)),
-                        _ => None,
-                    });
-                    let all = elements(gate) + elements(up) + elements(down);
-                    operations += 2.0 * all * used.unwrap_or(experts) / experts;
-                }
-                Op::Embed { weight, .. } if !heads.iter().any(|head| head.op.weights().contains(&weight)) => {
-                    weight_bytes -= dtype.size_of(&graph.weight(weight).shape).unwrap_or(0) as f64;
-                }
-                Op::Attention { layer, heads, .. } => {
-                    let kv = graph.kv_layers[layer as usize];
-                    attention_operations += 2.0 * f64::from(heads * (kv.k_dim + kv.v_dim));
-                }
-                _ => {}
-            }
-        }
-        let kv = graph.kv_layers.iter().map(|kv| f64::from(kv.heads * (kv.k_dim + kv.v_dim)) * 2.0).sum();
-        Work { weight_bytes, operations, head_operations, attention_operations, kv_bytes: kv }
-    }
 }
 
 struct Bench<'a> {
@@ -310,8 +265,8 @@ impl Bench<'_> {
         let mut between: Vec<f64> = waited.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
         let step_s = if between.is_empty() { f64::NAN } else { median(&mut between) };
         let (rows, work) = (batch as f64, &self.work);
-        let bytes = work.weight_bytes + rows * context as f64 * work.kv_bytes;
-        let operations = rows * (work.operations + work.head_operations + context as f64 * work.attention_operations);
+        let bytes = work.decode_bytes(rows, context as f64, self.rig.options.kv_dtype);
+        let operations = work.decode_operations(rows, context as f64);
         let floor_s = (bytes / rates.bytes).max(rates.operations.map_or(0.0, |rate| operations / rate));
         Ok(json!({
             "batch": batch,
@@ -348,9 +303,8 @@ impl Bench<'_> {
         }
         busy.remove(0);
         let (seconds, count, work) = (median(&mut busy), tokens as f64, &self.work);
-        let operations =
-            count * work.operations + work.head_operations + count * (count + 1.0) / 2.0 * work.attention_operations;
-        let bandwidth_s = work.weight_bytes / rates.bytes;
+        let operations = work.prompt_operations(count);
+        let bandwidth_s = work.decode_bytes(count, 0.0, self.rig.options.kv_dtype) / rates.bytes;
         let floor_s = rates.operations.map_or(bandwidth_s, |rate| (operations / rate).max(bandwidth_s));
         Ok(json!({
             "tokens": tokens,

@@ -7,6 +7,7 @@
 //! A token's arithmetic never depends on what else is in the step, on chunks, page placement or the number of
 //! threads: matmuls sum each output row in one order, attention cuts the context by absolute position.
 
+pub mod ceilings;
 pub mod config;
 pub mod matmul;
 

@@ -13,12 +13,14 @@ mod codec;
 mod op;
 mod text;
 mod verify;
+mod work;
 
 use serde::{Deserialize, Serialize};
 
 pub use builder::{GraphBuilder, Tensor};
 pub use codec::GRAPH_FORMAT;
 pub use op::{ActivationKind, MaskKind, Op, RopeStyle, Scoring};
+pub use work::Work;
 
 /// Index of a weight in [`Graph::weights`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -1,5 +1,6 @@
 //! One command a file.
 
+pub mod bench;
 pub mod chat;
 pub mod check;
 pub mod completions;
