@@ -5,6 +5,7 @@
 //! whether one token is computed or many. The compiler makes an instance of it for each instruction set,
 //! format, precision and number of tokens.
 
+use std::hint::black_box;
 use std::ops::Range;
 
 use setu_core::{DType, Error, Result};
@@ -12,6 +13,7 @@ use setu_core::{DType, Error, Result};
 use super::activations::{Activations, Precision, TILE};
 use super::isa::{Isa, Kind};
 use super::layout::{self, Codes, Format, LINE, ROWS, UNIT};
+use super::mode::{Bytes, Floats, Mode, Words};
 use super::pack::PackedMatrix;
 use super::simd::{Simd, portable::Portable};
 
@@ -156,238 +158,6 @@ struct Tile {
     cold: bool,
 }
 
-/// What differs between precisions.
-///
-/// # Safety
-/// `unit` must be of format `F`, `values` and `record` (the place of the first of `N` tokens in it) of this
-/// precision, and the machine must have `S`.
-trait Mode<F: Format> {
-    const PRECISION: Precision;
-    /// Bytes of a value.
-    const VALUE: usize;
-    /// Sums over a part.
-    type Dots<S: Simd, const N: usize>;
-
-    /// Most tokens at a time.
-    fn tokens<S: Simd>() -> usize;
-    /// Quads between two folds.
-    fn quads<S: Simd>() -> usize;
-    unsafe fn zero<S: Simd, const N: usize>() -> Self::Dots<S, N>;
-    /// Makes room for more quads.
-    unsafe fn fold<S: Simd, const N: usize>(dots: &mut Self::Dots<S, N>);
-    /// Adds the products of quad `J`. `values` are the unit's of the first token.
-    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
-        unit: *const u8,
-        lane: usize,
-        values: *const u8,
-        dots: &mut Self::Dots<S, N>,
-    );
-    /// The sums as f32, codes counted from zero. `part_sums` are the negated sums over the part's activations.
-    unsafe fn finish<S: Simd, const N: usize>(dots: Self::Dots<S, N>, part_sums: *const u8) -> [S::Float; N];
-}
-
-/// Activations of eight bits.
-struct Bytes;
-
-/// Sums of `N` tokens' products of bytes.
-#[derive(Clone, Copy)]
-struct ByteSums<S: Simd, const N: usize> {
-    folded: [S::Int; N],
-    partial: [S::Partial; N],
-}
-
-impl<F: Codes> Mode<F> for Bytes {
-    const PRECISION: Precision = Precision::Int8;
-    const VALUE: usize = 1;
-    type Dots<S: Simd, const N: usize> = ByteSums<S, N>;
-
-    #[inline(always)]
-    fn tokens<S: Simd>() -> usize {
-        S::TOKENS
-    }
-
-    #[inline(always)]
-    fn quads<S: Simd>() -> usize {
-        S::QUADS[F::BITS]
-    }
-
-    #[inline(always)]
-    unsafe fn zero<S: Simd, const N: usize>() -> ByteSums<S, N> {
-        // SAFETY: as the caller vouches.
-        unsafe { ByteSums { folded: [S::splat(0); N], partial: [S::none(); N] } }
-    }
-
-    #[inline(always)]
-    unsafe fn fold<S: Simd, const N: usize>(dots: &mut ByteSums<S, N>) {
-        for (folded, partial) in dots.folded.iter_mut().zip(&mut dots.partial) {
-            // SAFETY: as the caller vouches.
-            unsafe {
-                *folded = S::fold(*folded, *partial, F::WIDE);
-                *partial = S::none();
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
-        unit: *const u8,
-        lane: usize,
-        values: *const u8,
-        dots: &mut ByteSums<S, N>,
-    ) {
-        // SAFETY: there are four bytes for quad `J` of each token, `UNIT` bytes apart.
-        unsafe {
-            let codes = F::codes::<S, J>(unit, lane);
-            for (token, dot) in dots.partial.iter_mut().enumerate() {
-                let quad = values.add(token * UNIT + 4 * J).cast::<i32>().read_unaligned();
-                *dot = S::dot(*dot, codes, quad, F::WIDE);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(dots: ByteSums<S, N>, part_sums: *const u8) -> [S::Float; N] {
-        // SAFETY: as the caller vouches.
-        unsafe { centred::<S, F, N>(dots.folded, F::WIDE && S::CENTRED, part_sums) }
-    }
-}
-
-/// Activations of sixteen bits.
-struct Words;
-
-impl<F: Codes> Mode<F> for Words {
-    const PRECISION: Precision = Precision::Int16;
-    const VALUE: usize = 2;
-    type Dots<S: Simd, const N: usize> = [S::Int; N];
-
-    #[inline(always)]
-    fn tokens<S: Simd>() -> usize {
-        S::TOKENS
-    }
-
-    #[inline(always)]
-    fn quads<S: Simd>() -> usize {
-        8
-    }
-
-    #[inline(always)]
-    unsafe fn zero<S: Simd, const N: usize>() -> [S::Int; N] {
-        // SAFETY: as the caller vouches.
-        [unsafe { S::splat(0) }; N]
-    }
-
-    #[inline(always)]
-    unsafe fn fold<S: Simd, const N: usize>(_dots: &mut [S::Int; N]) {}
-
-    #[inline(always)]
-    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
-        unit: *const u8,
-        lane: usize,
-        values: *const u8,
-        dots: &mut [S::Int; N],
-    ) {
-        // SAFETY: there are two pairs of sixteen bits for quad `J` of each token, `UNIT` values apart.
-        unsafe {
-            let codes = F::codes::<S, J>(unit, lane);
-            let low = S::splat(0x00ff_00ff);
-            let (even, odd) = (S::and(codes, low), S::and(S::shr::<8>(codes), low));
-            for (token, dot) in dots.iter_mut().enumerate() {
-                let pairs = values.add(2 * (token * UNIT + 4 * J)).cast::<i32>();
-                *dot = S::dot_words(*dot, even, pairs.read_unaligned());
-                *dot = S::dot_words(*dot, odd, pairs.add(1).read_unaligned());
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(dots: [S::Int; N], part_sums: *const u8) -> [S::Float; N] {
-        // SAFETY: as the caller vouches.
-        unsafe { centred::<S, F, N>(dots, false, part_sums) }
-    }
-}
-
-/// Sums of products as f32, codes counted from their zero. `done` says that they were already.
-///
-/// # Safety
-/// As for [`Mode::finish`].
-#[inline(always)]
-unsafe fn centred<S: Simd, F: Codes, const N: usize>(
-    dots: [S::Int; N],
-    done: bool,
-    part_sums: *const u8,
-) -> [S::Float; N] {
-    // SAFETY: as the caller vouches.
-    unsafe {
-        std::array::from_fn(|token| {
-            if F::MIN || done {
-                return S::to_float(dots[token]);
-            }
-            let sum = S::splat(part_sums.cast::<i32>().add(token).read_unaligned());
-            let offset = match F::BITS {
-                3 => S::shl::<2>(sum),
-                4 => S::shl::<3>(sum),
-                5 => S::shl::<4>(sum),
-                6 => S::shl::<5>(sum),
-                _ => S::shl::<7>(sum),
-            };
-            S::to_float(S::add(dots[token], offset))
-        })
-    }
-}
-
-/// Activations in f32; codes are turned into floats on the way.
-struct Floats;
-
-impl<F: Format> Mode<F> for Floats {
-    const PRECISION: Precision = Precision::F32;
-    const VALUE: usize = 4;
-    type Dots<S: Simd, const N: usize> = [S::Float; N];
-
-    #[inline(always)]
-    fn tokens<S: Simd>() -> usize {
-        // Codes with f32 are there for exactness: fewer instances compile faster.
-        if F::SCALED { S::TOKENS.min(4) } else { S::TOKENS }
-    }
-
-    #[inline(always)]
-    fn quads<S: Simd>() -> usize {
-        8
-    }
-
-    #[inline(always)]
-    unsafe fn zero<S: Simd, const N: usize>() -> [S::Float; N] {
-        // SAFETY: as the caller vouches.
-        [unsafe { S::splat_float(0.0) }; N]
-    }
-
-    #[inline(always)]
-    unsafe fn fold<S: Simd, const N: usize>(_dots: &mut [S::Float; N]) {}
-
-    #[inline(always)]
-    unsafe fn quad<S: Simd, const J: usize, const N: usize>(
-        unit: *const u8,
-        lane: usize,
-        values: *const u8,
-        dots: &mut [S::Float; N],
-    ) {
-        // SAFETY: there are four f32 for quad `J` of each token, `UNIT` of them apart.
-        unsafe {
-            let weights = F::values::<S, J>(unit, lane);
-            for (column, weight) in weights.into_iter().enumerate() {
-                for (token, dot) in dots.iter_mut().enumerate() {
-                    let value = values.cast::<f32>().add(token * UNIT + 4 * J + column).read_unaligned();
-                    *dot = S::mul_add(weight, S::splat_float(value), *dot);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn finish<S: Simd, const N: usize>(dots: [S::Float; N], _part_sums: *const u8) -> [S::Float; N] {
-        dots
-    }
-}
-
 /// Adds part `PART` of a unit to `sums`. `record` is the unit's record, moved to the first token's place among
 /// the f32 and i32.
 ///
@@ -466,8 +236,11 @@ unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) ->
             let header = F::header::<S>(chunk, lane);
             for unit in 0..F::UNITS {
                 let unit = (chunk.add(F::HEADER_BYTES + unit * F::UNIT_BYTES), lane);
-                // One token's product is quick enough to keep the processor's own prefetching busy.
-                if N > 1 && cold {
+                if N >= S::CROWDED {
+                    black_box(&mut sums);
+                }
+                // One token's product is mostly quick enough to keep the processor's own prefetching busy.
+                if cold && (N > 1 || (S::ASKS_AHEAD && F::UNIT_BYTES < 8 * LINE)) {
                     for line in 0..F::UNIT_BYTES.div_ceil(LINE) {
                         S::prefetch(unit.0.wrapping_add(AHEAD + line * LINE));
                     }

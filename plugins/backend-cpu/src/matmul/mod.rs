@@ -10,6 +10,7 @@ mod formats;
 mod isa;
 mod kernel;
 mod layout;
+mod mode;
 mod pack;
 mod simd;
 #[cfg(test)]

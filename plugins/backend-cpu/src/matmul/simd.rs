@@ -19,6 +19,11 @@ pub(super) trait Simd: Copy {
     const LANES: usize;
     /// Most tokens whose sums fit in registers; 1, 2, 4 or 8.
     const TOKENS: usize;
+    /// From how many tokens on their sums are kept in memory while a unit's products are added up, or the compiler
+    /// keeps the codes there.
+    const CROWDED: usize;
+    /// Whether codes of less than eight bits are to be asked for in advance even where one token meets them.
+    const ASKS_AHEAD: bool;
     /// `LANES` integers of 32 bits.
     type Int: Copy;
     /// `LANES` f32.

@@ -24,6 +24,8 @@ macro_rules! common {
     ($features:literal) => {
         const LANES: usize = 8;
         const TOKENS: usize = 4;
+        const CROWDED: usize = 9;
+        const ASKS_AHEAD: bool = true;
         type Int = __m256i;
         type Float = __m256;
         type Partial = __m256i;

@@ -20,6 +20,8 @@ macro_rules! op {
 impl Simd for Avx512 {
     const LANES: usize = 16;
     const TOKENS: usize = 8;
+    const CROWDED: usize = 9;
+    const ASKS_AHEAD: bool = false;
     type Int = __m512i;
     type Float = __m512;
     type Partial = __m512i;

@@ -29,6 +29,8 @@ macro_rules! both {
 impl<S: Simd> Simd for Pair<S> {
     const LANES: usize = 2 * S::LANES;
     const TOKENS: usize = S::TOKENS;
+    const CROWDED: usize = 3;
+    const ASKS_AHEAD: bool = S::ASKS_AHEAD;
     type Int = [S::Int; 2];
     type Float = [S::Float; 2];
     type Partial = [S::Partial; 2];

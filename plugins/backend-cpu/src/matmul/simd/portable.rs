@@ -31,6 +31,8 @@ fn map<T: Copy, U: Copy + Default>(from: [T; LANES], f: impl Fn(T) -> U) -> [U; 
 impl Simd for Portable {
     const LANES: usize = LANES;
     const TOKENS: usize = 1;
+    const CROWDED: usize = 9;
+    const ASKS_AHEAD: bool = false;
     type Int = [i32; LANES];
     type Float = [f32; LANES];
     type Partial = [i32; LANES];

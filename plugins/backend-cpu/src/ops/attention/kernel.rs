@@ -224,22 +224,51 @@ unsafe fn scores<S: Sixteen, E: Load, const Q: usize>(
 ) {
     // SAFETY: as the caller vouches; `out` has `Q` rows, since it has one for each query that goes together.
     unsafe {
-        let mut sums = [[S::splat(0.0); GROUPS]; Q];
+        let [a, b, c, d] = keys;
+        if 4 * Q <= S::SUMS {
+            scores_of_groups::<S, E, Q, 4>(queries, k_dim, keys, out, 0);
+        } else if 2 * Q <= S::SUMS {
+            scores_of_groups::<S, E, Q, 2>(queries, k_dim, [a, b], out, 0);
+            scores_of_groups::<S, E, Q, 2>(queries, k_dim, [c, d], out, 2);
+        } else {
+            for (group, keys) in keys.into_iter().enumerate() {
+                scores_of_groups::<S, E, Q, 1>(queries, k_dim, [keys], out, group);
+            }
+        }
+    }
+}
+
+/// [`scores`] for the `G` groups from `first` on.
+///
+/// # Safety
+/// As for [`scores`].
+#[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "through iterators the compiler keeps the sums in memory")]
+unsafe fn scores_of_groups<S: Sixteen, E: Load, const Q: usize, const G: usize>(
+    queries: *const f32,
+    k_dim: usize,
+    keys: [*const E; G],
+    out: &mut [[f32; BLOCK]],
+    first: usize,
+) {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let mut sums = [[S::splat(0.0); G]; Q];
         for dim in 0..k_dim {
-            let mut loaded = [S::splat(0.0); GROUPS];
+            let mut loaded = [S::splat(0.0); G];
             for (loaded, keys) in loaded.iter_mut().zip(&keys) {
                 *loaded = E::load::<S>(keys.add(dim * LANES));
             }
-            for (q, sums) in sums.iter_mut().enumerate() {
+            for q in 0..Q {
                 let x = S::splat(queries.add(q * k_dim + dim).read());
-                for (sum, &key) in sums.iter_mut().zip(&loaded) {
-                    *sum = S::mul_add(x, key, *sum);
+                for g in 0..G {
+                    sums[q][g] = S::mul_add(x, loaded[g], sums[q][g]);
                 }
             }
         }
         for (sums, out) in sums.iter().zip(out) {
             for (group, sum) in sums.iter().enumerate() {
-                sum.store(out.as_mut_ptr().add(group * LANES));
+                sum.store(out.as_mut_ptr().add((first + group) * LANES));
             }
         }
     }
@@ -300,22 +329,25 @@ unsafe fn weigh<S: Sixteen, E: Load, const Q: usize>(
         // SAFETY: as the caller vouches, with the columns that are left.
         unsafe {
             let (values, out) = (values.map(|values| values.wrapping_add(col)), out.add(col));
-            match (v_stride - col) / LANES {
-                1 => weigh_columns::<S, E, Q, 1>(weights, seen, values, v_stride, factors, out),
-                2 => weigh_columns::<S, E, Q, 2>(weights, seen, values, v_stride, factors, out),
-                3 => weigh_columns::<S, E, Q, 3>(weights, seen, values, v_stride, factors, out),
-                _ => weigh_columns::<S, E, Q, 4>(weights, seen, values, v_stride, factors, out),
-            }
+            let left = (v_stride - col) / LANES;
+            col += LANES
+                * if 4 * Q <= S::SUMS && left >= 4 {
+                    weigh_columns::<S, E, Q, 4>(weights, seen, values, v_stride, factors, out)
+                } else if 2 * Q <= S::SUMS && left >= 2 {
+                    weigh_columns::<S, E, Q, 2>(weights, seen, values, v_stride, factors, out)
+                } else {
+                    weigh_columns::<S, E, Q, 1>(weights, seen, values, v_stride, factors, out)
+                };
         }
-        col += 4 * LANES;
     }
 }
 
-/// [`weigh`] for `N` vectors of columns.
+/// [`weigh`] for `N` vectors of columns; returns `N`.
 ///
 /// # Safety
 /// As for [`weigh`].
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "through iterators the compiler keeps the sums in memory")]
 unsafe fn weigh_columns<S: Sixteen, E: Load, const Q: usize, const N: usize>(
     weights: &[[f32; BLOCK]],
     seen: Seen,
@@ -323,7 +355,7 @@ unsafe fn weigh_columns<S: Sixteen, E: Load, const Q: usize, const N: usize>(
     v_stride: usize,
     factors: [f32; Q],
     out: *mut f32,
-) {
+) -> usize {
     // SAFETY: as the caller vouches.
     unsafe {
         let zero = S::splat(0.0);
@@ -341,10 +373,10 @@ unsafe fn weigh_columns<S: Sixteen, E: Load, const Q: usize, const N: usize>(
                 for (n, loaded) in loaded.iter_mut().enumerate() {
                     *loaded = E::load::<S>(values.add(n * LANES));
                 }
-                for (sums, weights) in sums.iter_mut().zip(weights) {
-                    let weight = S::splat(*weights.get_unchecked(group * LANES + token));
-                    for (sum, &value) in sums.iter_mut().zip(&loaded) {
-                        *sum = S::mul_add(weight, value, *sum);
+                for q in 0..Q {
+                    let weight = S::splat(*weights.get_unchecked(q).get_unchecked(group * LANES + token));
+                    for n in 0..N {
+                        sums[q][n] = S::mul_add(weight, loaded[n], sums[q][n]);
                     }
                 }
             }
@@ -355,4 +387,5 @@ unsafe fn weigh_columns<S: Sixteen, E: Load, const Q: usize, const N: usize>(
             }
         }
     }
+    N
 }

@@ -8,8 +8,10 @@ use half::{bf16, f16};
 /// Every function needs the machine to have the instruction set of the implementing type; pointers must be
 /// valid for sixteen elements, at any alignment.
 pub(super) trait Sixteen: Copy {
-    /// Queries whose sums fit in registers beside each other.
+    /// Queries that share what is loaded; 1 or 4.
     const QUERIES: usize;
+    /// Sums that fit in registers beside what is loaded: 4 or 16.
+    const SUMS: usize;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load_f32(from: *const f32) -> Self;
@@ -59,6 +61,7 @@ pub(super) struct Portable([f32; 16]);
 
 impl Sixteen for Portable {
     const QUERIES: usize = 1;
+    const SUMS: usize = 4;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Portable {
@@ -127,6 +130,7 @@ mod x86 {
 
     impl Sixteen for Avx512 {
         const QUERIES: usize = 4;
+        const SUMS: usize = 16;
 
         functions! { "avx512f,avx512bw,avx2,fma,f16c":
             fn splat(value: f32) -> Avx512 { Avx512(_mm512_set1_ps(value)) }
@@ -156,7 +160,8 @@ mod x86 {
     }
 
     impl Sixteen for Avx2 {
-        const QUERIES: usize = 1;
+        const QUERIES: usize = 4;
+        const SUMS: usize = 4;
 
         functions! { "avx2,fma,f16c":
             fn splat(value: f32) -> Avx2 { Avx2([_mm256_set1_ps(value); 2]) }
