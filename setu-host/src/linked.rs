@@ -103,7 +103,7 @@ fn cpu_ceilings(config: &CpuConfig, bytes: usize, dtype: DType) -> Result<Ceilin
     let (precision, operations) = match config.activations {
         Activations::F32 => (Precision::F32, "multiply-adds of f32"),
         _ if dtype.is_float() => (Precision::F32, "multiply-adds of f32"),
-        Activations::Int16 => (Precision::Int16, "dot products with 16 bits, in two of 8"),
+        Activations::Int16 => (Precision::Int16, "dot products with 16 bits"),
         Activations::Auto | Activations::Int8 => (Precision::Int8, "dot products with 8 bits"),
     };
     let mut ceilings = setu_backend_cpu::ceilings::Ceilings::new(config)?;
