@@ -39,14 +39,7 @@ impl Random {
                 _ => {
                     let start = bytes.len();
                     bytes.extend((0..dtype.block_bytes()).map(|_| self.next() as u8));
-                    let halves: &[usize] = match dtype {
-                        DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K => &[0, 2],
-                        DType::Q2K => &[80, 82],
-                        DType::Q3K => &[108],
-                        DType::Q6K => &[208],
-                        _ => &[0],
-                    };
-                    for at in halves {
+                    for at in floats(dtype) {
                         let scale = f16::from_f32(0.1 * self.unit());
                         bytes[start + at..start + at + 2].copy_from_slice(&scale.to_le_bytes());
                     }
@@ -54,6 +47,17 @@ impl Random {
             }
         }
         bytes
+    }
+}
+
+/// Where a block has its scale and min.
+fn floats(dtype: DType) -> &'static [usize] {
+    match dtype {
+        DType::Q4_1 | DType::Q5_1 | DType::Q4K | DType::Q5K => &[0, 2],
+        DType::Q2K => &[80, 82],
+        DType::Q3K => &[108],
+        DType::Q6K => &[208],
+        _ => &[0],
     }
 }
 
@@ -70,13 +74,34 @@ struct Case {
 impl Case {
     fn new(random: &mut Random, dtype: DType, rows: usize, cols: usize, tokens: usize) -> Case {
         let raw = random.weights(dtype, rows, cols);
+        let x = (0..tokens * cols).map(|_| random.activation()).collect();
+        Case::of(dtype, [rows, cols, tokens], raw, x)
+    }
+
+    fn of(dtype: DType, [rows, cols, tokens]: [usize; 3], raw: Vec<u8>, x: Vec<f32>) -> Case {
         let mut weights = vec![0.0; rows * cols];
         let row_bytes = raw.len() / rows;
         for (row, out) in raw.chunks_exact(row_bytes).zip(weights.chunks_exact_mut(cols)) {
             dequantize_row(dtype, row, out).unwrap();
         }
-        let x = (0..tokens * cols).map(|_| random.activation()).collect();
         Case { dtype, rows, cols, tokens, raw, weights, x }
+    }
+
+    /// Checks every sum that a kernel takes against f64.
+    fn check(&self, isa: Isa, precision: Precision) {
+        let Case { dtype, rows, cols, tokens, .. } = *self;
+        let (out, activations) = (self.run(isa, precision), self.activations(isa, precision));
+        for token in 0..tokens {
+            let prepared = activations.dequantize(token);
+            for row in 0..rows {
+                let (sum, size) = self.exact(row, &prepared);
+                let error = (f64::from(out[token * rows + row]) - sum).abs();
+                // Sums of codes before the zero point or min is taken off can be larger than the terms.
+                let largest = prepared.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
+                let bound = 1e-6 * size + 1e-6 * f64::from(largest);
+                assert!(error <= bound, "{isa} {dtype} {precision:?} {rows}×{cols}: {error} > {bound}");
+            }
+        }
     }
 
     fn pack(&self) -> PackedMatrix {
@@ -124,21 +149,27 @@ fn kernels_agree_with_f64_sums() {
         for (dtype, precision) in kernels() {
             for (rows, blocks, tokens) in SHAPES {
                 let cols = if dtype.is_float() { 31 * blocks + 1 } else { blocks * dtype.block_len() };
-                let case = Case::new(&mut random, dtype, rows, cols, tokens);
-                let out = case.run(isa, precision);
-                let activations = case.activations(isa, precision);
-                for token in 0..tokens {
-                    let prepared = activations.dequantize(token);
-                    for row in 0..rows {
-                        let (sum, size) = case.exact(row, &prepared);
-                        let error = (f64::from(out[token * rows + row]) - sum).abs();
-                        // Sums of codes before the zero point or min is taken off can be larger than the terms.
-                        let largest = prepared.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
-                        let bound = 1e-6 * size + 1e-6 * f64::from(largest);
-                        assert!(error <= bound, "{isa} {dtype} {precision:?} {rows}×{cols}: {error} > {bound}");
-                    }
-                }
+                Case::new(&mut random, dtype, rows, cols, tokens).check(isa, precision);
             }
+        }
+    }
+}
+
+/// Where codes and activations are all as large as they can be, sums that are too narrow overflow.
+#[test]
+fn the_largest_sums_are_exact() {
+    let (rows, tokens) = (16, 8);
+    for (dtype, precision) in kernels().filter(|(dtype, _)| !dtype.is_float()) {
+        let cols = 2 * dtype.block_len();
+        // Among them the codes -128, -1 and 127 of Q8_0.
+        for codes in [0x00, 0x7f, 0x80, 0xff] {
+            let mut block = vec![codes; dtype.block_bytes()];
+            for &at in floats(dtype) {
+                block[at..at + 2].copy_from_slice(&f16::from_f32(0.01).to_le_bytes());
+            }
+            let x = (0..tokens * cols).map(|at| if at / cols % 2 == 0 { 1.0 } else { -1.0 }).collect();
+            let case = Case::of(dtype, [rows, cols, tokens], block.repeat(2 * rows), x);
+            Isa::available().into_iter().for_each(|isa| case.check(isa, precision));
         }
     }
 }
@@ -149,7 +180,7 @@ fn activations_keep_their_precision() {
     let x: Vec<f32> = (0..3 * 96).map(|_| random.activation()).collect();
     for isa in Isa::available() {
         for (precision, steps) in
-            [(Precision::Int8, 127.0), (Precision::Int16, 16256.0), (Precision::F32, f32::INFINITY)]
+            [(Precision::Int8, 127.0), (Precision::Int16, 32767.0), (Precision::F32, f32::INFINITY)]
         {
             let mut activations = Activations::new(precision, 3, 96).unwrap();
             activations.quantize(isa, 0, &x);
