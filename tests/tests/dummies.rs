@@ -42,7 +42,7 @@ fn generated(model: &Path) -> u64 {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {said}", model.display());
     let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    answer["usage"]["generated_tokens"].as_u64().unwrap_or_else(|| panic!("no usage in {answer}"))
+    answer["choices"][0]["usage"]["generated_tokens"].as_u64().unwrap_or_else(|| panic!("no usage in {answer}"))
 }
 
 #[test]
