@@ -4,7 +4,7 @@ use setu_core::backend::{Backend, CompileOptions, DeviceInfo, Executable, Weight
 use setu_core::component::Component;
 use setu_core::{Error, Graph, Result};
 
-use crate::config::{Activations, CpuConfig, IsaChoice};
+use crate::config::{Activations, CpuConfig};
 use crate::executable::CpuExecutable;
 use crate::kv::Pages;
 use crate::machine;
@@ -29,23 +29,13 @@ impl Component for CpuBackend {
     const DESCRIPTION: &'static str = "Runs graphs on the CPU, with the same results however sessions are batched.";
 
     fn build(config: CpuConfig) -> Result<Self> {
-        let isa = match config.isa {
-            IsaChoice::Auto => Isa::best(),
-            IsaChoice::Avx512 => Isa::named("avx512")?,
-            IsaChoice::Avx2 => Isa::named("avx2-vnni").or_else(|_| Isa::named("avx2"))?,
-            IsaChoice::Portable => Isa::PORTABLE,
-        };
-        let threads = match config.threads {
-            0 => machine::threads(),
-            threads => threads as usize,
-        };
         let precision = match config.activations {
             Activations::Auto => None,
             Activations::Int8 => Some(Precision::Int8),
             Activations::Int16 => Some(Precision::Int16),
             Activations::F32 => Some(Precision::F32),
         };
-        Ok(CpuBackend { isa, threads, precision })
+        Ok(CpuBackend { isa: config.isa.isa()?, threads: config.thread_count(), precision })
     }
 }
 

@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use setu_core::Result;
 
-use crate::config::{CpuConfig, IsaChoice};
-use crate::machine;
+use crate::config::CpuConfig;
 use crate::matmul::{Isa, Precision};
 use crate::memory::Region;
 use crate::pool::Pool;
@@ -43,14 +42,8 @@ impl Ceilings {
     /// # Errors
     /// The machine doesn't have the instruction set, or the system gives no threads.
     pub fn new(config: &CpuConfig) -> Result<Ceilings> {
-        let isa = match config.isa {
-            IsaChoice::Auto => Isa::best(),
-            IsaChoice::Avx2 => Isa::named("avx2-vnni").or_else(|_| Isa::named("avx2"))?,
-            IsaChoice::Avx512 => Isa::named("avx512")?,
-            IsaChoice::Portable => Isa::PORTABLE,
-        };
-        let threads = if config.threads == 0 { machine::threads() } else { config.threads as usize };
-        Ok(Ceilings { isa, pool: Pool::new(threads)?, threads })
+        let threads = config.thread_count();
+        Ok(Ceilings { isa: config.isa.isa()?, pool: Pool::new(threads)?, threads })
     }
 
     pub fn isa(&self) -> Isa {

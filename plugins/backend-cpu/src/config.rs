@@ -1,6 +1,10 @@
 //! What can be set.
 
+use setu_core::Result;
 use setu_core::config::{Config, ConfigEnum};
+
+use crate::machine;
+use crate::matmul::Isa;
 
 /// Runs graphs on the CPU.
 #[derive(Config, Clone, Debug, PartialEq)]
@@ -17,6 +21,13 @@ pub struct CpuConfig {
     pub activations: Activations,
 }
 
+impl CpuConfig {
+    /// How many threads that makes here.
+    pub(crate) fn thread_count(&self) -> usize {
+        if self.threads == 0 { machine::threads() } else { self.threads as usize }
+    }
+}
+
 /// Instruction sets to choose from.
 #[derive(ConfigEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IsaChoice {
@@ -28,6 +39,21 @@ pub enum IsaChoice {
     Avx2,
     /// Plain code, on every machine.
     Portable,
+}
+
+impl IsaChoice {
+    /// What was chosen.
+    ///
+    /// # Errors
+    /// This machine doesn't have it.
+    pub(crate) fn isa(self) -> Result<Isa> {
+        match self {
+            IsaChoice::Auto => Ok(Isa::best()),
+            IsaChoice::Avx512 => Isa::named("avx512"),
+            IsaChoice::Avx2 => Isa::named("avx2-vnni").or_else(|_| Isa::named("avx2")),
+            IsaChoice::Portable => Ok(Isa::PORTABLE),
+        }
+    }
 }
 
 /// Precisions to choose from.

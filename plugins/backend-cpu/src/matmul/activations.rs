@@ -139,8 +139,7 @@ impl Activations {
                     Precision::Int8 => scale * f32::from(unit.cast::<i8>().add(at).read()),
                     Precision::Int16 => {
                         let values = unit.cast::<[i16; UNIT]>().add(token % TILE).read_unaligned();
-                        let at = paired(&std::array::from_fn(|i| i)).iter().position(|&i| i == col % UNIT);
-                        scale * f32::from(values[at.unwrap_or(0)])
+                        scale * f32::from(paired(&values)[col % UNIT])
                     }
                     Precision::F32 => unit.cast::<f32>().add(at).read_unaligned(),
                 }
@@ -240,7 +239,7 @@ unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
 }
 
 /// The order of sixteen-bit values: of each quad the first and third, then the second and fourth, as codes of eight
-/// bits come apart into halves of words.
+/// bits come apart into halves of words. Twice, it is the first one again.
 #[inline(always)]
 fn paired<T: Copy>(values: &[T; UNIT]) -> [T; UNIT] {
     std::array::from_fn(|i| values[i / 4 * 4 + [0, 2, 1, 3][i % 4]])

@@ -17,12 +17,22 @@ pub(super) trait Mode<F: Format> {
     type Dots<S: Simd, const N: usize>;
 
     /// Most tokens at a time.
-    fn tokens<S: Simd>() -> usize;
+    #[inline(always)]
+    fn tokens<S: Simd>() -> usize {
+        S::TOKENS
+    }
+
     /// Quads between two folds.
-    fn quads<S: Simd>() -> usize;
+    #[inline(always)]
+    fn quads<S: Simd>() -> usize {
+        8
+    }
+
     unsafe fn zero<S: Simd, const N: usize>() -> Self::Dots<S, N>;
     /// Makes room for more quads.
-    unsafe fn fold<S: Simd, const N: usize>(dots: &mut Self::Dots<S, N>);
+    #[inline(always)]
+    unsafe fn fold<S: Simd, const N: usize>(_dots: &mut Self::Dots<S, N>) {}
+
     /// Adds the products of quad `J`. `values` are the unit's of the first token.
     unsafe fn quad<S: Simd, const J: usize, const N: usize>(
         unit: *const u8,
@@ -48,11 +58,6 @@ impl<F: Codes> Mode<F> for Bytes {
     const PRECISION: Precision = Precision::Int8;
     const VALUE: usize = 1;
     type Dots<S: Simd, const N: usize> = ByteSums<S, N>;
-
-    #[inline(always)]
-    fn tokens<S: Simd>() -> usize {
-        S::TOKENS
-    }
 
     #[inline(always)]
     fn quads<S: Simd>() -> usize {
@@ -109,23 +114,10 @@ impl<F: Codes> Mode<F> for Words {
     type Dots<S: Simd, const N: usize> = [S::Int; N];
 
     #[inline(always)]
-    fn tokens<S: Simd>() -> usize {
-        S::TOKENS
-    }
-
-    #[inline(always)]
-    fn quads<S: Simd>() -> usize {
-        8
-    }
-
-    #[inline(always)]
     unsafe fn zero<S: Simd, const N: usize>() -> [S::Int; N] {
         // SAFETY: as the caller vouches.
         [unsafe { S::splat(0) }; N]
     }
-
-    #[inline(always)]
-    unsafe fn fold<S: Simd, const N: usize>(_dots: &mut [S::Int; N]) {}
 
     #[inline(always)]
     unsafe fn quad<S: Simd, const J: usize, const N: usize>(
@@ -198,18 +190,10 @@ impl<F: Format> Mode<F> for Floats {
     }
 
     #[inline(always)]
-    fn quads<S: Simd>() -> usize {
-        8
-    }
-
-    #[inline(always)]
     unsafe fn zero<S: Simd, const N: usize>() -> [S::Float; N] {
         // SAFETY: as the caller vouches.
         [unsafe { S::splat_float(0.0) }; N]
     }
-
-    #[inline(always)]
-    unsafe fn fold<S: Simd, const N: usize>(_dots: &mut [S::Float; N]) {}
 
     #[inline(always)]
     unsafe fn quad<S: Simd, const J: usize, const N: usize>(
