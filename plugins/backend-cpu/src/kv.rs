@@ -5,6 +5,7 @@
 //! of sixteen tokens, dimension by dimension (a vector then holds a dimension of sixteen tokens, and their scores
 //! come out one a lane), and behind all heads' keys their values, token by token.
 
+use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 use setu_core::backend::CompileOptions;
 use setu_core::graph::KvGroupKind;
@@ -40,29 +41,29 @@ impl Geometry {
 }
 
 /// An element of a page.
-pub trait Element: Copy + Send + Sync + 'static {
+pub trait Element: Copy + Default + Send + Sync + 'static {
     const DTYPE: DType;
-    fn from_f32(value: f32) -> Self;
+    fn from_f32(values: &[f32], out: &mut [Self]);
 }
 
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
-    fn from_f32(value: f32) -> f32 {
-        value
+    fn from_f32(values: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(values);
     }
 }
 
 impl Element for f16 {
     const DTYPE: DType = DType::F16;
-    fn from_f32(value: f32) -> f16 {
-        f16::from_f32(value)
+    fn from_f32(values: &[f32], out: &mut [f16]) {
+        out.convert_from_f32_slice(values);
     }
 }
 
 impl Element for bf16 {
     const DTYPE: DType = DType::BF16;
-    fn from_f32(value: f32) -> bf16 {
-        bf16::from_f32(value)
+    fn from_f32(values: &[f32], out: &mut [bf16]) {
+        out.convert_from_f32_slice(values);
     }
 }
 
@@ -257,12 +258,14 @@ impl Head {
         let values = self.values::<E>(page, token);
         // SAFETY: `keys` and `values` lie in the page, with room for the dimensions; the caller keeps others out.
         unsafe {
-            for (dim, &x) in key.iter().enumerate() {
-                keys.add(dim * LANES).write(E::from_f32(x));
+            for (part, key) in key.chunks(LANES).enumerate() {
+                let mut elements = [E::default(); LANES];
+                E::from_f32(key, &mut elements[..key.len()]);
+                for (dim, &element) in elements[..key.len()].iter().enumerate() {
+                    keys.add((part * LANES + dim) * LANES).write(element);
+                }
             }
-            for (dim, &x) in value.iter().enumerate() {
-                values.add(dim).write(E::from_f32(x));
-            }
+            E::from_f32(value, std::slice::from_raw_parts_mut(values, value.len()));
         }
     }
 }

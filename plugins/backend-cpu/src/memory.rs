@@ -71,6 +71,21 @@ impl Drop for Region {
     }
 }
 
+pub const LINE_BYTES: usize = 64;
+
+/// Asks for the cache line of `at`, which may lie anywhere.
+#[inline(always)]
+pub fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has the instruction, and it reads nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
 /// An f32 matrix that the phases of a step pass on. Threads write disjoint parts of it between two barriers.
 #[derive(Debug)]
 pub struct Matrix {

@@ -57,6 +57,8 @@ struct Team {
     state: Padded<AtomicU64>,
     /// Tasks of the phase that are done.
     done: Padded<AtomicUsize>,
+    /// For each thread the last phase in which tasks of its span were taken, in the high half, and how many were.
+    spans: Vec<Padded<AtomicU64>>,
     failed: AtomicBool,
 }
 
@@ -88,8 +90,7 @@ impl Worker<'_> {
     /// Every thread of the job makes the same sequence of calls. A thread may be late and find its phase over, so
     /// memory that phases write may be read in tasks only, and `total` must come from elsewhere or from atomics.
     pub fn share(&self, total: usize, grain: usize, mut run: impl FnMut(Range<usize>)) {
-        let (team, phase) = (self.team, self.phase.get());
-        self.phase.set(phase + 1);
+        let (team, phase) = (self.team, self.next_phase());
         let (this, next_phase) = (u64::from(phase) << 32, u64::from(phase + 1) << 32);
         let mut spins = 0;
         loop {
@@ -106,25 +107,89 @@ impl Worker<'_> {
                 }
                 run(start..end);
                 spins = 0;
-                if team.done.0.fetch_add(end - start, Ordering::AcqRel) + (end - start) == total {
-                    team.done.0.store(0, Ordering::Relaxed);
-                    team.state.0.store(next_phase, Ordering::Release);
+                if team.finish(end - start, total, phase) {
                     return;
                 }
             } else if total == 0 {
                 // Whoever comes first ends the phase.
                 let _ = team.state.0.compare_exchange(state, next_phase, Ordering::AcqRel, Ordering::Relaxed);
             } else {
-                spins += 1;
-                if spins < SPINS {
-                    std::hint::spin_loop();
-                } else if team.failed.load(Ordering::Relaxed) {
-                    // The task of a thread that panicked is never done.
-                    resume_unwind(Box::new(TeamFailed));
-                } else {
-                    std::thread::yield_now();
+                team.pause(&mut spins);
+            }
+        }
+    }
+
+    /// As [`share`](Worker::share), for tasks whose memory lies side by side: every thread goes through a [span](span)
+    /// of its own front to back before it helps others, half of what is left of it at a time but at least `grain`,
+    /// and calls `wait` again and again when nothing is left to take.
+    pub fn share_spans(&self, total: usize, grain: usize, mut run: impl FnMut(Range<usize>), mut wait: impl FnMut()) {
+        let (team, phase) = (self.team, self.next_phase());
+        if total == 0 {
+            let this = u64::from(phase) << 32;
+            let _ = team.state.0.compare_exchange(this, this + (1 << 32), Ordering::AcqRel, Ordering::Relaxed);
+            return;
+        }
+        for owner in (self.index..team.threads).chain(0..self.index) {
+            let (span, taken) = (span(owner, team.threads, total), &team.spans[owner].0);
+            loop {
+                let seen = taken.load(Ordering::Acquire);
+                let start = match ((seen >> 32) as u32).cmp(&phase) {
+                    std::cmp::Ordering::Less => span.start,
+                    std::cmp::Ordering::Equal => span.start + seen as u32 as usize,
+                    std::cmp::Ordering::Greater => return,
+                };
+                if start >= span.end {
+                    break;
+                }
+                let end = span.end.min(start + grain.max((span.end - start) / 2));
+                let next = u64::from(phase) << 32 | (end - span.start) as u64;
+                if taken.compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                    continue;
+                }
+                run(start..end);
+                if team.finish(end - start, total, phase) {
+                    return;
                 }
             }
+        }
+        let mut spins = 0;
+        while team.state.0.load(Ordering::Acquire) >> 32 == u64::from(phase) {
+            wait();
+            team.pause(&mut spins);
+        }
+    }
+
+    fn next_phase(&self) -> u32 {
+        self.phase.replace(self.phase.get() + 1)
+    }
+}
+
+/// The tasks out of `total` that thread `index` of `threads` begins with in [`Worker::share_spans`].
+pub fn span(index: usize, threads: usize, total: usize) -> Range<usize> {
+    total * index / threads..total * (index + 1) / threads
+}
+
+impl Team {
+    /// Counts tasks as done, and ends the phase with the last one.
+    fn finish(&self, tasks: usize, total: usize, phase: u32) -> bool {
+        let last = self.done.0.fetch_add(tasks, Ordering::AcqRel) + tasks == total;
+        if last {
+            self.done.0.store(0, Ordering::Relaxed);
+            self.state.0.store(u64::from(phase + 1) << 32, Ordering::Release);
+        }
+        last
+    }
+
+    /// Passes a moment of waiting for tasks of others.
+    fn pause(&self, spins: &mut u32) {
+        *spins += 1;
+        if *spins < SPINS {
+            std::hint::spin_loop();
+        } else if self.failed.load(Ordering::Relaxed) {
+            // The task of a thread that panicked is never done.
+            resume_unwind(Box::new(TeamFailed));
+        } else {
+            std::thread::yield_now();
         }
     }
 }
@@ -141,6 +206,7 @@ impl Pool {
                 threads: helpers + 1,
                 state: Padded::default(),
                 done: Padded::default(),
+                spans: (0..=helpers).map(|_| Padded::default()).collect(),
                 failed: AtomicBool::new(false),
             },
             epoch: AtomicU32::new(0),
@@ -170,6 +236,7 @@ impl Pool {
         let mut job = Job { run: &job };
         shared.team.state.0.store(0, Ordering::Relaxed);
         shared.team.done.0.store(0, Ordering::Relaxed);
+        shared.team.spans.iter().for_each(|taken| taken.0.store(0, Ordering::Relaxed));
         shared.team.failed.store(false, Ordering::Relaxed);
         shared.job.store((&raw mut job).cast(), Ordering::Relaxed);
         shared.gate.store(0, Ordering::Release);
@@ -282,18 +349,51 @@ mod tests {
                 let counts: Vec<AtomicUsize> = (0..37).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(|worker| {
                     for phase in 0..40 {
-                        worker.share(counts.len(), 1 + round % 5, |tasks| {
+                        let run = |tasks: Range<usize>| {
                             for task in tasks {
                                 // A task seen out of phase would have been counted too often or too rarely.
                                 assert_eq!(counts[task].fetch_add(1, Ordering::Relaxed), phase);
                             }
-                        });
-                        worker.share(0, 1, |_| panic!("there are no tasks"));
+                        };
+                        if phase % 3 == round % 3 {
+                            worker.share_spans(counts.len(), 1 + round % 5, run, || {});
+                            worker.share_spans(0, 1, |_| panic!("there are no tasks"), || {});
+                        } else {
+                            worker.share(counts.len(), 1 + round % 5, run);
+                            worker.share(0, 1, |_| panic!("there are no tasks"));
+                        }
+                        worker.share_spans(1, 1, |tasks| assert_eq!(tasks, 0..1, "fewer tasks than threads"), || {});
                     }
                 });
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 40));
             }
         }
+    }
+
+    #[test]
+    fn threads_begin_with_spans_of_their_own() {
+        for threads in [1, 2, 3, 7] {
+            for total in [1, 2, 6, 37] {
+                let spans: Vec<_> = (0..threads).map(|index| span(index, threads, total)).collect();
+                assert_eq!((spans[0].start, spans[threads - 1].end), (0, total));
+                assert!(spans.windows(2).all(|two| two[0].end == two[1].start));
+            }
+        }
+        let mut pool = Pool::new(2).unwrap();
+        let begun = AtomicUsize::new(0);
+        pool.run(|worker| {
+            let mut first = true;
+            let run = |tasks: Range<usize>| {
+                if std::mem::take(&mut first) {
+                    assert_eq!(tasks, 32 * worker.index..32 * worker.index + 16, "half of the own span");
+                    begun.fetch_add(1, Ordering::SeqCst);
+                    while begun.load(Ordering::SeqCst) < 2 {
+                        std::thread::yield_now();
+                    }
+                }
+            };
+            worker.share_spans(64, 1, run, || {});
+        });
     }
 
     #[test]
@@ -322,6 +422,7 @@ mod tests {
             let job = AssertUnwindSafe(|| {
                 pool.run(|worker| {
                     worker.share(30, 1, |tasks| assert!(tasks.start != guilty, "task {guilty} fails"));
+                    worker.share_spans(30, 1, |_| {}, || {});
                     worker.share(30, 1, |_| {});
                 });
             });

@@ -143,26 +143,37 @@ pub(crate) fn reduce(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// ln 2 in two parts, of which the first has zeros at its end: small integers times it are exact.
+const LN2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+/// Added to a float of moderate size, 1.5 × 2^23 leaves it, rounded, in the low bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// e^x to about 1e-7 of its value for x ≤ 0; 0 below the smallest normal number, NaN for NaN. `FUSED` says that the
+/// machine multiplies and adds at once, and makes bits of results depend on it.
+#[inline(always)]
+pub(crate) fn exp_decay<const FUSED: bool>(x: [f32; LANES]) -> [f32; LANES] {
+    let mul_add = |a: f32, b: f32, c: f32| if FUSED { a.mul_add(b, c) } else { a * b + c };
+    each(x, |x| {
+        let shifted = mul_add(x, std::f32::consts::LOG2_E, ROUND);
+        let n = shifted - ROUND;
+        let r = mul_add(n, -LN2[1], mul_add(n, -LN2[0], x));
+        let p = TAYLOR.iter().fold(1.0 / 5040.0, |p, &c| mul_add(p, r, c));
+        let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+        if x < -87.336_54 { 0.0 } else { p * power }
+    })
+}
+
+/// Of e^x, behind the seventh power's; it suffices for |x| <= ln 2 / 2.
+const TAYLOR: [f32; 7] = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+
 /// e^x to about 1e-7 of its value; 0 below the smallest normal number, infinite above the largest, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: [f32; LANES]) -> [f32; LANES] {
-    // Adding 1.5 × 2^23 leaves x / ln 2, rounded, in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
     each(x, |x| {
         let shifted = x * std::f32::consts::LOG2_E + ROUND;
         let n = shifted - ROUND;
-        let r = x - n * LN2_HIGH - n * LN2_LOW;
-        // The Taylor series suffices for |r| <= ln 2 / 2.
-        let p = 1.0 / 5040.0;
-        let p = p * r + 1.0 / 720.0;
-        let p = p * r + 1.0 / 120.0;
-        let p = p * r + 1.0 / 24.0;
-        let p = p * r + 1.0 / 6.0;
-        let p = p * r + 0.5;
-        let p = p * r + 1.0;
-        let p = p * r + 1.0;
+        let r = x - n * LN2[0] - n * LN2[1];
+        let p = TAYLOR.iter().fold(1.0 / 5040.0, |p, &c| p * r + c);
         let exponent = (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000);
         // In two factors, for 2^128 isn't a number of this type though p × 2^128 may be.
         let half = exponent >> 1;
@@ -217,6 +228,11 @@ vectorized! {
 
     pub fn scale(values: &mut [f32], by: f32) {
         map(values, |x| each(x, |x| x * by));
+    }
+
+    /// a = a × a_weight + b × b_weight.
+    pub fn mix(a: &mut [f32], a_weight: f32, b: &[f32], b_weight: f32) {
+        zip(a, b, |a, b| both(a, b, |a, b| a * a_weight + b * b_weight));
     }
 
     /// cap · tanh(x / cap).
@@ -294,6 +310,14 @@ mod tests {
             if (-87.3..88.7).contains(&x) {
                 assert!((e - exact).abs() <= 3e-7 * exact, "exp({x}) is {e}, not {exact}");
             }
+            if x <= 0.0 {
+                for e in [exp_decay::<true>(lanes)[0], exp_decay::<false>(lanes)[0]].map(f64::from) {
+                    assert!(
+                        (e - exact).abs() <= 3e-7 * exact + f64::from(f32::MIN_POSITIVE),
+                        "exp_decay({x}) is {e}, not {exact}"
+                    );
+                }
+            }
             let (t, exact) = (f64::from(tanh(lanes)[0]), f64::from(x).tanh());
             assert!((t - exact).abs() <= 1e-6 * exact.abs(), "tanh({x}) is {t}, not {exact}");
         }
@@ -308,7 +332,12 @@ mod tests {
         for (x, expected) in cases {
             assert_eq!(exp([x; LANES])[0], expected, "exp({x})");
         }
-        assert!(exp([f32::NAN; LANES])[0].is_nan());
+        assert_eq!(exp_decay::<true>([f32::NEG_INFINITY; LANES])[0], 0.0);
+        assert_eq!(exp_decay::<true>([-1e9; LANES])[0], 0.0);
+        for nan in [f32::NAN, -f32::NAN, f32::from_bits(0x7f80_0001), f32::from_bits(0xffff_ffff)] {
+            assert!(exp([nan; LANES])[0].is_nan());
+            assert!(exp_decay::<true>([nan; LANES])[0].is_nan() && exp_decay::<false>([nan; LANES])[0].is_nan());
+        }
         assert!(tanh([f32::NAN; LANES])[0].is_nan());
         assert_eq!(tanh([1e9; LANES])[0], 1.0);
     }

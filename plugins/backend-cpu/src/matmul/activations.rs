@@ -152,9 +152,13 @@ impl Activations {
         tokens.start <= tokens.end && tokens.end <= self.tokens
     }
 
+    pub(super) fn tile_bytes(&self) -> usize {
+        self.cols.div_ceil(UNIT) * self.precision.record().bytes
+    }
+
     /// The records of a tile; in bounds for tiles that have a token.
     pub(super) fn tile(&self, tile: usize) -> *mut u8 {
-        self.bytes.as_ptr().wrapping_add(tile * self.cols.div_ceil(UNIT) * self.precision.record().bytes)
+        self.bytes.as_ptr().wrapping_add(tile * self.tile_bytes())
     }
 
     fn token(&self, token: usize) -> Slot {

@@ -17,12 +17,13 @@ use super::mode::{Bytes, Floats, Mode, Words};
 use super::pack::PackedMatrix;
 use super::simd::{Simd, portable::Portable};
 
-/// So much of the activations is gone through with one row block before the next, and stays in the second-level
+/// So much of the activations is gone through with one row block before the next, and stays in the first-level
 /// cache.
-const CACHED_BYTES: usize = 384 << 10;
+const CACHED_BYTES: usize = 20 << 10;
 
-/// How far ahead of their use weights are asked for.
-const AHEAD: usize = 8 << 10;
+/// How far ahead of their use weights are asked for: by one token's product, which leaves most to the processor's
+/// own prefetching, and by that of several, which is slower.
+const AHEAD: [usize; 2] = [1 << 10, 8 << 10];
 
 /// The kernel for a format and a precision on an instruction set: chosen once, called for every product.
 #[derive(Clone, Copy, Debug)]
@@ -144,9 +145,9 @@ struct Call<'a> {
 
 /// One product of lanes with tokens.
 #[derive(Clone, Copy)]
-struct Tile {
-    /// The row block.
-    weights: *const u8,
+struct Tile<const B: usize> {
+    /// The row blocks.
+    weights: [*const u8; B],
     /// First row in the row block.
     lane: usize,
     /// The first record of the tokens' tile.
@@ -217,37 +218,39 @@ unsafe fn part<S: Simd, F: Format, M: Mode<F>, const PART: usize, const N: usize
     }
 }
 
-/// The products of `S::LANES` rows with `N` tokens.
+/// The products of `S::LANES` rows of each of `B` row blocks with `N` tokens.
 ///
 /// # Safety
 /// As for [`Mode`], for all units of `tile`.
 #[inline(always)]
-unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) -> [S::Float; N] {
+unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize, const B: usize>(tile: Tile<B>) -> [[S::Float; N]; B] {
     let Tile { weights, lane, records, first, units, cold } = tile;
     let record_bytes = const { M::PRECISION.record().bytes };
     let (chunk_bytes, _) = const { layout::chunk::<F>() };
     // SAFETY: chunks and records follow one another; there are `units` of both, a whole number of chunks.
     unsafe {
-        let mut sums = [S::splat_float(0.0); N];
+        let mut sums = [[S::splat_float(0.0); N]; B];
         let mut values = records.add(first * UNIT * M::VALUE);
         let mut record = records.add(4 * first);
         for index in 0..units / F::UNITS {
-            let chunk = weights.add(index * chunk_bytes);
-            let header = F::header::<S>(chunk, lane);
+            let chunks: [*const u8; B] = std::array::from_fn(|block| weights[block].add(index * chunk_bytes));
+            let headers: [_; B] = std::array::from_fn(|block| F::header::<S>(chunks[block], lane));
             for unit in 0..F::UNITS {
-                let unit = (chunk.add(F::HEADER_BYTES + unit * F::UNIT_BYTES), lane);
-                if N >= S::CROWDED {
-                    black_box(&mut sums);
-                }
-                // One token's product is mostly quick enough to keep the processor's own prefetching busy.
-                if cold && (N > 1 || (S::ASKS_AHEAD && F::UNIT_BYTES < 8 * LINE)) {
-                    for line in 0..F::UNIT_BYTES.div_ceil(LINE) {
-                        S::prefetch(unit.0.wrapping_add(AHEAD + line * LINE));
+                for block in 0..B {
+                    let (header, sums) = (headers[block], &mut sums[block]);
+                    let unit = (chunks[block].add(F::HEADER_BYTES + unit * F::UNIT_BYTES), lane);
+                    if N >= S::CROWDED {
+                        black_box(&mut *sums);
                     }
-                }
-                part::<S, F, M, 0, N>(header, unit, (values, record), &mut sums);
-                if F::PARTS == 2 {
-                    part::<S, F, M, 1, N>(header, unit, (values, record), &mut sums);
+                    if cold && (N > 1 || (S::ASKS_AHEAD && F::UNIT_BYTES < 8 * LINE)) {
+                        for line in 0..F::UNIT_BYTES.div_ceil(LINE) {
+                            S::prefetch(unit.0.wrapping_add(AHEAD[usize::from(N > 1)] + line * LINE));
+                        }
+                    }
+                    part::<S, F, M, 0, N>(header, unit, (values, record), sums);
+                    if F::PARTS == 2 {
+                        part::<S, F, M, 1, N>(header, unit, (values, record), sums);
+                    }
                 }
                 values = values.add(record_bytes);
                 record = record.add(record_bytes);
@@ -264,70 +267,83 @@ unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize>(tile: Tile) ->
 #[inline(always)]
 unsafe fn run<S: Simd, F: Format, M: Mode<F>>(call: &Call) {
     let Call { weights, activations, tokens, blocks, .. } = call;
-    let units = weights.cols().div_ceil(UNIT);
-    let tile_bytes = units * M::PRECISION.record().bytes;
-    let tokens_cached = (CACHED_BYTES / tile_bytes.max(1)).max(1) * TILE;
-    let mut start = tokens.start;
-    while start < tokens.end {
-        let end = tokens.end.min((start / TILE * TILE).saturating_add(tokens_cached));
-        for block in blocks.clone() {
-            let rows = (weights.rows() - block * ROWS).min(ROWS);
-            for lane in (0..rows).step_by(S::LANES) {
-                let mut token = start;
-                while token < end {
-                    let first = token % TILE;
-                    // SAFETY: block, lane and token are inside of their operands, as `Kernel::run` checked, and
-                    // `step` never leaves the tile of eight tokens.
-                    unsafe {
-                        let tile = Tile {
-                            weights: weights.as_ptr().add(block * weights.block_bytes()),
-                            lane,
-                            records: activations.tile(token / TILE),
-                            first,
-                            units,
-                            cold: token == start && lane == 0,
-                        };
-                        let to = call.output.add(token * call.stride + block * ROWS + lane);
-                        let rows = (rows - lane).min(S::LANES);
-                        let left = (end - token).min(TILE - first);
-                        token += if M::tokens::<S>() >= 8 && left >= 8 {
-                            step::<S, F, M, 8>(tile, to, call.stride, rows)
-                        } else if M::tokens::<S>() >= 4 && left >= 4 {
-                            step::<S, F, M, 4>(tile, to, call.stride, rows)
-                        } else if M::tokens::<S>() >= 2 && left >= 2 {
-                            step::<S, F, M, 2>(tile, to, call.stride, rows)
+    let mut blocks = blocks.clone();
+    // SAFETY: blocks, lanes and tokens are inside of their operands, as `Kernel::run` checked, and no step leaves
+    // the tile of eight tokens.
+    unsafe {
+        if !M::RARE && tokens.len() == 1 {
+            // Memory yields more to a thread that reads in two places.
+            let apart = blocks.len() / 2;
+            for block in blocks.start..blocks.start + apart {
+                for lane in (0..ROWS).step_by(S::LANES) {
+                    step::<S, F, M, 1, 2>(call, [block, block + apart], lane, tokens.start, lane == 0);
+                }
+            }
+            blocks.start += 2 * apart;
+        }
+        let tokens_cached = (CACHED_BYTES / activations.tile_bytes().max(1)).max(1) * TILE;
+        let mut start = tokens.start;
+        while start < tokens.end {
+            let end = tokens.end.min((start / TILE * TILE).saturating_add(tokens_cached));
+            for block in blocks.clone() {
+                for lane in (0..(weights.rows() - block * ROWS).min(ROWS)).step_by(S::LANES) {
+                    let mut token = start;
+                    while token < end {
+                        let left = (end - token).min(TILE - token % TILE);
+                        let cold = token == start && lane == 0;
+                        token += if !M::RARE && S::TOKENS >= 8 && left >= 8 {
+                            step::<S, F, M, 8, 1>(call, [block], lane, token, cold)
+                        } else if S::TOKENS >= 4 && left >= 4 {
+                            step::<S, F, M, 4, 1>(call, [block], lane, token, cold)
+                        } else if !M::RARE && S::TOKENS >= 2 && left >= 2 {
+                            step::<S, F, M, 2, 1>(call, [block], lane, token, cold)
                         } else {
-                            step::<S, F, M, 1>(tile, to, call.stride, rows)
+                            step::<S, F, M, 1, 1>(call, [block], lane, token, cold)
                         };
                     }
                 }
             }
+            start = end;
         }
-        start = end;
     }
 }
 
-/// Computes and stores `rows` rows of `N` tokens.
+/// Computes and stores the rows from `lane` on of row blocks `blocks` for `N` tokens from `token` on; returns `N`.
 ///
 /// # Safety
-/// As for [`product`]; `to` must be valid for `rows` f32 in each of `N` rows `stride` apart.
+/// As for [`run`]; row blocks, lane and tokens are inside of their operands, the tokens in one tile.
 #[inline(always)]
-unsafe fn step<S: Simd, F: Format, M: Mode<F>, const N: usize>(
-    tile: Tile,
-    to: *mut f32,
-    stride: usize,
-    rows: usize,
+unsafe fn step<S: Simd, F: Format, M: Mode<F>, const N: usize, const B: usize>(
+    call: &Call,
+    blocks: [usize; B],
+    lane: usize,
+    token: usize,
+    cold: bool,
 ) -> usize {
+    let Call { weights, activations, .. } = call;
     // SAFETY: as the caller vouches; a vector that would reach past the last row goes through `buffer`.
     unsafe {
-        for (token, sum) in product::<S, F, M, N>(tile).into_iter().enumerate() {
-            let to = to.add(token * stride);
-            if rows == S::LANES {
-                S::store(sum, to);
-            } else {
-                let mut buffer = [0.0_f32; ROWS];
-                S::store(sum, buffer.as_mut_ptr());
-                to.copy_from_nonoverlapping(buffer.as_ptr(), rows);
+        let tile = Tile {
+            weights: blocks.map(|block| weights.as_ptr().add(block * weights.block_bytes())),
+            lane,
+            records: activations.tile(token / TILE),
+            first: token % TILE,
+            units: weights.cols().div_ceil(UNIT),
+            cold,
+        };
+        let sums = product::<S, F, M, N, B>(tile);
+        for (block, sums) in blocks.into_iter().zip(sums) {
+            let first_row = block * ROWS + lane;
+            let rows = weights.rows().saturating_sub(first_row).min(S::LANES);
+            for (index, sum) in sums.into_iter().enumerate() {
+                let to = call.output.add((token + index) * call.stride + first_row);
+                if rows == S::LANES {
+                    S::store(sum, to);
+                } else {
+                    let mut buffer = [0.0_f32; ROWS];
+                    S::store(sum, buffer.as_mut_ptr());
+                    to.copy_from_nonoverlapping(buffer.as_ptr(), rows);
+                }
             }
         }
     }

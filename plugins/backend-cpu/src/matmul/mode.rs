@@ -13,14 +13,10 @@ pub(super) trait Mode<F: Format> {
     const PRECISION: Precision;
     /// Bytes of a value.
     const VALUE: usize;
+    /// Whether it is there for exactness, and compiled for few numbers of tokens.
+    const RARE: bool = false;
     /// Sums over a part.
     type Dots<S: Simd, const N: usize>;
-
-    /// Most tokens at a time.
-    #[inline(always)]
-    fn tokens<S: Simd>() -> usize {
-        S::TOKENS
-    }
 
     /// Quads between two folds.
     #[inline(always)]
@@ -181,13 +177,8 @@ pub(super) struct Floats;
 impl<F: Format> Mode<F> for Floats {
     const PRECISION: Precision = Precision::F32;
     const VALUE: usize = 4;
+    const RARE: bool = F::SCALED;
     type Dots<S: Simd, const N: usize> = [S::Float; N];
-
-    #[inline(always)]
-    fn tokens<S: Simd>() -> usize {
-        // Codes with f32 are there for exactness: fewer instances compile faster.
-        if F::SCALED { S::TOKENS.min(4) } else { S::TOKENS }
-    }
 
     #[inline(always)]
     unsafe fn zero<S: Simd, const N: usize>() -> [S::Float; N] {

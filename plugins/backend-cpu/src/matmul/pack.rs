@@ -9,7 +9,7 @@ use setu_core::{DType, Error, Result};
 
 use super::formats::{Block, Coding, coding};
 use super::layout::{self, LINE, ROWS, UNIT};
-use crate::memory::Region;
+use crate::memory::{self, Region};
 
 /// A weight matrix `[rows, cols]` in row blocks; rows beyond the last are zero.
 #[derive(Debug)]
@@ -71,6 +71,14 @@ impl PackedMatrix {
         // SAFETY: the region is valid for its length, zeroed or written by packing, and borrowed with `self`.
         let bytes = unsafe { std::slice::from_raw_parts_mut(self.bytes.as_ptr(), self.bytes.len()) };
         bytes.chunks_exact_mut(self.block_bytes.max(1))
+    }
+
+    /// Asks for the cache line `byte` bytes behind the start of row block `block`, if there is one.
+    pub fn prefetch(&self, block: usize, byte: usize) {
+        let at = block * self.block_bytes + byte;
+        if at < self.bytes.len() {
+            memory::prefetch(self.bytes.as_ptr().wrapping_add(at));
+        }
     }
 
     /// Bytes of a row block.

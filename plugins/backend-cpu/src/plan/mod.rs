@@ -8,7 +8,7 @@ mod storage;
 
 use setu_core::graph::{ActivationKind, RowSpace};
 
-use crate::matmul::{Kernel, Precision};
+use crate::matmul::{Kernel, Precision, ROWS};
 use crate::ops::attention::{Attention, TilingKey};
 use crate::ops::norm::Norm;
 use crate::ops::rope::Rotation;
@@ -106,6 +106,13 @@ pub struct Matmul {
     /// Indices of [`Plan::activations`] that the input is prepared as.
     pub activations: Vec<usize>,
     pub bundles: Vec<Bundle>,
+}
+
+impl Matmul {
+    /// Row blocks of all bundles: the phase's tasks.
+    pub fn row_blocks(&self) -> usize {
+        self.bundles.iter().map(|bundle| bundle.cols.div_ceil(ROWS)).sum()
+    }
 }
 
 /// Linear nodes of as many rows whose results meet in an elementwise op, or one alone.

@@ -19,11 +19,11 @@ use setu_core::sampling::SlotState;
 use self::experts::ExpertSpace;
 use crate::kv::Pages;
 use crate::matmul::{Activations, Isa, Output, PackedMatrix, ROWS};
-use crate::memory::Matrix;
+use crate::memory::{LINE_BYTES, Matrix};
 use crate::ops::attention::{self, Io, Tiling};
 use crate::ops::{elementwise, rope};
 use crate::plan::{AttentionPhase, Element, ElementKind, Matmul, Operand, Phase, Plan, RowKind, RowOp};
-use crate::pool::Worker;
+use crate::pool::{self, Worker};
 use crate::sampler::{self, Outputs};
 use crate::step::{Limits, StepData};
 use crate::vector::{self, Vectors};
@@ -33,6 +33,9 @@ use crate::weights::Table;
 const PRIVATE_ROWS: usize = 2;
 /// Most wanted rows that the tail runs for at a time.
 const TAIL_ROWS: usize = 64;
+
+/// How much of each of the next matmul's matrices a thread asks for while it waits for others.
+const ASKED_BYTES: usize = 16 << 10;
 
 /// A plan with its weights and all the memory that steps need.
 #[derive(Debug)]
@@ -194,7 +197,7 @@ impl Compiled {
         let all = Rows { count: step.tokens(), tokens: None };
         if all.count > 0 {
             self.angles(step, worker);
-            self.plan.body.iter().for_each(|phase| self.phase(phase, step, all, worker, &mut space));
+            self.phases(&self.plan.body, &self.plan.tail, step, all, worker, &mut space);
         }
     }
 
@@ -208,7 +211,7 @@ impl Compiled {
         for first in (0..step.wants.len()).step_by(self.tail_rows) {
             let wants = first..step.wants.len().min(first + self.tail_rows);
             let rows = Rows { count: wants.len(), tokens: Some(&step.want_tokens[wants.clone()]) };
-            self.plan.tail.iter().for_each(|phase| self.phase(phase, step, rows, worker, space));
+            self.phases(&self.plan.tail, &[], step, rows, worker, space);
             self.sample(step, wants, outputs, sampled, worker, space);
         }
     }
@@ -229,14 +232,42 @@ impl Compiled {
         });
     }
 
-    fn phase(&self, phase: &Phase, step: &StepData, rows: Rows<'_>, worker: &Worker<'_>, space: &mut ThreadSpace) {
+    /// Runs `phases`, which `then` come after.
+    fn phases(
+        &self,
+        phases: &[Phase],
+        then: &[Phase],
+        step: &StepData,
+        rows: Rows<'_>,
+        worker: &Worker<'_>,
+        space: &mut ThreadSpace,
+    ) {
+        for (index, phase) in phases.iter().enumerate() {
+            let next = phases[index + 1..].iter().chain(then).find_map(|phase| match phase {
+                Phase::Matmul(matmul) => Some(matmul),
+                _ => None,
+            });
+            self.phase(phase, next, step, rows, worker, space);
+        }
+    }
+
+    /// Runs a phase; `next` is the matmul after it.
+    fn phase(
+        &self,
+        phase: &Phase,
+        next: Option<&Matmul>,
+        step: &StepData,
+        rows: Rows<'_>,
+        worker: &Worker<'_>,
+        space: &mut ThreadSpace,
+    ) {
         match phase {
             Phase::Rows(ops) => worker.share(rows.count, grain(rows.count, worker, 4), |claimed| {
                 for row in claimed {
                     ops.iter().for_each(|op| self.row_op(op, step, rows, row, space));
                 }
             }),
-            Phase::Matmul(matmul) => self.matmul(matmul, rows, worker, space),
+            Phase::Matmul(matmul) => self.matmul(matmul, next, rows, worker, space),
             Phase::Attention(phase) => self.attention(phase, step, worker, space),
             Phase::Experts(experts) => self.experts(experts, rows, worker),
         }
@@ -328,7 +359,14 @@ impl Compiled {
         }
     }
 
-    fn matmul(&self, matmul: &Matmul, rows: Rows<'_>, worker: &Worker<'_>, space: &mut ThreadSpace) {
+    fn matmul(
+        &self,
+        matmul: &Matmul,
+        next: Option<&Matmul>,
+        rows: Rows<'_>,
+        worker: &Worker<'_>,
+        space: &mut ThreadSpace,
+    ) {
         let mut prepare = |row: usize, inputs: &[Activations]| {
             let cols = matmul.input.cols;
             let mut input = self.read(&matmul.input, rows, row, 0..cols);
@@ -350,9 +388,9 @@ impl Compiled {
         }
         let inputs = if private { &space.inputs } else { &self.inputs };
         let mut prepared = !private;
-        let total = matmul.bundles.iter().map(|bundle| bundle.cols.div_ceil(ROWS)).sum();
+        let total = matmul.row_blocks();
         let shares = if private { 6 } else { 16 };
-        worker.share(total, grain(total, worker, shares), |claimed| {
+        let run = |claimed: Range<usize>| {
             if !prepared {
                 (0..rows.count).for_each(|row| prepare(row, inputs));
                 prepared = true;
@@ -388,7 +426,29 @@ impl Compiled {
                 }
                 start = end;
             }
+        };
+        let mut asked = 0;
+        worker.share_spans(total, grain(total, worker, shares), run, || {
+            if let Some(next) = next
+                && asked < ASKED_BYTES
+            {
+                self.ask_for(next, worker, asked);
+                asked += LINE_BYTES;
+            }
         });
+    }
+
+    /// Asks for the weights that this thread reads `byte` bytes after it begins with `matmul`.
+    fn ask_for(&self, matmul: &Matmul, worker: &Worker<'_>, byte: usize) {
+        let mut block = pool::span(worker.index, worker.threads(), matmul.row_blocks()).start;
+        for bundle in &matmul.bundles {
+            let blocks = bundle.cols.div_ceil(ROWS);
+            if block < blocks {
+                bundle.parts.iter().for_each(|part| self.matrices[part.matrix].prefetch(block, byte));
+                return;
+            }
+            block -= blocks;
+        }
     }
 
     /// A buffer as a kernel's output.

@@ -4,8 +4,11 @@
 //! Within a split a running softmax goes from block to block; splits are merged in order. Neither depends on who
 //! computes them or beside which other queries, so that a query's result is the same in every step.
 
+use std::ops::Range;
+
 use super::sixteen::{Load, Sixteen};
 use crate::kv::{Element, Head};
+use crate::memory::{self, LINE_BYTES};
 use crate::vector::{self, LANES, Level, Vectors};
 
 /// Groups in a block.
@@ -26,6 +29,7 @@ pub(super) struct Running<'a> {
 /// Queries of one KV head: `per_token` for each of successive positions.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Queries<'a> {
+    pub k_dim: usize,
     /// Rows of `k_dim`, scaled; query `i` is at `position + i / per_token`.
     pub rows: &'a [f32],
     pub per_token: usize,
@@ -36,7 +40,7 @@ pub(super) struct Queries<'a> {
 
 impl Queries<'_> {
     /// The positions that query `index` sees.
-    fn seen(&self, index: usize) -> std::ops::Range<usize> {
+    fn seen(&self, index: usize) -> Range<usize> {
         let end = self.position + index / self.per_token + 1;
         end.saturating_sub(self.window)..end
     }
@@ -59,6 +63,8 @@ pub struct Scratch {
     sums: Vec<[f32; LANES]>,
     values: Vec<f32>,
     scores: Vec<[f32; BLOCK]>,
+    /// The queries, dimension by dimension of those that go together.
+    rows: Vec<f32>,
     /// Stands in for groups that no query sees.
     zeros: Vec<f32>,
 }
@@ -116,6 +122,25 @@ unsafe fn avx512<E: Element + Load>(queries: Queries<'_>, context: Context<'_>, 
     unsafe { go::<super::sixteen::Avx512, E>(queries, context, split, scratch) }
 }
 
+/// Where a block lies.
+struct Place<E> {
+    keys: [*const E; GROUPS],
+    values: [*const E; GROUPS],
+    positions: [Range<usize>; GROUPS],
+}
+
+impl<E> Place<E> {
+    /// The lanes of each group that a query which sees `positions` sees.
+    #[inline(always)]
+    fn seen(&self, positions: Range<usize>) -> Seen {
+        std::array::from_fn(|i| {
+            let (start, end) = (self.positions[i].start, self.positions[i].end);
+            let from = positions.start.clamp(start, end) - start;
+            (from, positions.end.clamp(start + from, end) - start)
+        })
+    }
+}
+
 /// The lanes of a group that a query sees.
 type Seen = [(usize, usize); GROUPS];
 
@@ -138,101 +163,135 @@ unsafe fn go<S: Sixteen, E: Element + Load>(
     scratch.values.resize(count * v_stride, 0.0);
     scratch.scores.resize(S::QUERIES, [0.0; BLOCK]);
     scratch.zeros.resize(LANES * k_dim, 0.0);
+    scratch.rows.resize(count * k_dim, 0.0);
+    let mut first = 0;
+    while first < count {
+        let size = group(S::QUERIES.min(count - first));
+        let range = first * k_dim..(first + size) * k_dim;
+        for (query, row) in queries.rows[range.clone()].chunks_exact(k_dim).enumerate() {
+            for (place, x) in scratch.rows[range.clone()].iter_mut().skip(query).step_by(size).zip(row) {
+                *place = *x;
+            }
+        }
+        first += size;
+    }
 
     // What any of the queries sees: of the first its start, of the last its end.
     let all = queries.seen(0).start..queries.seen(count - 1).end;
     let groups = geometry.group_of(all.start)..geometry.group_of(all.end - 1) + 1;
     let groups = groups.start.max(split * SPLIT_GROUPS)..groups.end.min((split + 1) * SPLIT_GROUPS);
-    for block in groups.start / GROUPS..groups.end.div_ceil(GROUPS) {
-        let mut keys = [scratch.zeros.as_ptr().cast::<E>(); GROUPS];
-        let mut values = [scratch.zeros.as_ptr().cast::<E>(); GROUPS];
-        let mut positions: [_; GROUPS] = std::array::from_fn(|_| 0..0);
+    let zeros = scratch.zeros.as_ptr().cast::<E>();
+    let place = |block: usize| {
+        let mut place =
+            Place { keys: [zeros; GROUPS], values: [zeros; GROUPS], positions: std::array::from_fn(|_| 0..0) };
         for i in 0..GROUPS {
             let group = block * GROUPS + i;
             if groups.contains(&group) {
                 let page = context.pages[group / geometry.page_groups - context.skipped];
                 let in_page = group % geometry.page_groups;
-                keys[i] = context.head.keys::<E>(page, in_page);
-                values[i] = context.head.values::<E>(page, in_page * LANES);
-                positions[i] = geometry.positions(group);
+                place.keys[i] = context.head.keys::<E>(page, in_page);
+                place.values[i] = context.head.values::<E>(page, in_page * LANES);
+                place.positions[i] = geometry.positions(group);
             }
         }
-        let seen = |query: usize| -> Seen {
-            let seen = queries.seen(query);
-            std::array::from_fn(|i| {
-                let (start, end) = (positions[i].start, positions[i].end);
-                let from = seen.start.clamp(start, end) - start;
-                (from, seen.end.clamp(start + from, end) - start)
-            })
-        };
+        place
+    };
+    let blocks = groups.start / GROUPS..groups.end.div_ceil(GROUPS);
+    let mut next = place(blocks.start);
+    for keys in next.keys {
+        for at in (0..LANES * k_dim).step_by(const { LINE_BYTES / size_of::<E>() }) {
+            memory::prefetch(keys.wrapping_add(at));
+        }
+    }
+    for block in blocks.clone() {
+        let here = next;
+        next = place((block + 1).min(blocks.end - 1));
         let mut first = 0;
         while first < count {
-            let together = S::QUERIES.min(count - first);
-            // SAFETY: keys, values and what is seen of them are those of this block; else as the caller vouches.
-            unsafe {
-                let rows = queries.rows[first * k_dim..].as_ptr();
-                match together {
-                    4 => scores::<S, E, 4>(rows, k_dim, keys, &mut scratch.scores),
-                    3 => scores::<S, E, 3>(rows, k_dim, keys, &mut scratch.scores),
-                    2 => scores::<S, E, 2>(rows, k_dim, keys, &mut scratch.scores),
-                    _ => scores::<S, E, 1>(rows, k_dim, keys, &mut scratch.scores),
+            // What is read next is on its way from memory while the first queries are at work.
+            let ahead = (first == 0).then_some((here.values, next.keys));
+            // SAFETY: there are so many queries; else as the caller vouches.
+            first += unsafe {
+                match group(S::QUERIES.min(count - first)) {
+                    6 => together::<S, E, 6>(&here, ahead, queries, first, v_stride, scratch),
+                    4 => together::<S, E, 4>(&here, ahead, queries, first, v_stride, scratch),
+                    3 => together::<S, E, 3>(&here, ahead, queries, first, v_stride, scratch),
+                    2 => together::<S, E, 2>(&here, ahead, queries, first, v_stride, scratch),
+                    _ => together::<S, E, 1>(&here, ahead, queries, first, v_stride, scratch),
                 }
-                let seen_first = seen(first);
-                let alike = seen_first == seen(first + together - 1);
-                let mut factors = [1.0; 4];
-                for (i, factor) in factors.iter_mut().enumerate().take(together) {
-                    let seen = if alike { seen_first } else { seen(first + i) };
-                    *factor = soften(
-                        &mut scratch.scores[i],
-                        seen,
-                        queries.softcap,
-                        &mut scratch.highest[first + i],
-                        &mut scratch.sums[first + i],
-                    );
-                    if !alike {
-                        let out = scratch.values[(first + i) * v_stride..].as_mut_ptr();
-                        weigh::<S, E, 1>(&scratch.scores[i..], seen, values, v_stride, [*factor], out);
-                    }
-                }
-                if alike {
-                    let out = scratch.values[first * v_stride..].as_mut_ptr();
-                    let [a, b, c, d] = factors;
-                    let p = &scratch.scores;
-                    match together {
-                        4 => weigh::<S, E, 4>(p, seen_first, values, v_stride, [a, b, c, d], out),
-                        3 => weigh::<S, E, 3>(p, seen_first, values, v_stride, [a, b, c], out),
-                        2 => weigh::<S, E, 2>(p, seen_first, values, v_stride, [a, b], out),
-                        _ => weigh::<S, E, 1>(p, seen_first, values, v_stride, [a], out),
-                    }
-                }
-            }
-            first += together;
+            };
         }
     }
 }
 
-/// The scores of `Q` queries for the tokens of a block.
+/// How many of up to `most` queries go together.
+fn group(most: usize) -> usize {
+    if most == 5 { 4 } else { most }
+}
+
+/// Attends from queries `first` and the following to a block; returns `Q`. Asks for `ahead`, values and keys.
 ///
 /// # Safety
-/// `queries` points to `Q` rows of `k_dim`, each of `keys` to `k_dim` times sixteen; the machine has `S`.
+/// There are `Q` queries from `first` on; else as for [`go`].
+#[inline(always)]
+unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
+    block: &Place<E>,
+    ahead: Option<([*const E; GROUPS], [*const E; GROUPS])>,
+    queries: Queries<'_>,
+    first: usize,
+    v_stride: usize,
+    scratch: &mut Scratch,
+) -> usize {
+    let k_dim = queries.k_dim;
+    // SAFETY: keys, values and what is seen of them are those of this block; else as the caller vouches.
+    unsafe {
+        let rows = scratch.rows[first * k_dim..].as_ptr();
+        scores::<S, E, Q>(rows, k_dim, block.keys, ahead.map(|ahead| ahead.0), &mut scratch.scores);
+        let scores = &mut scratch.scores[..Q];
+        let highest = &mut scratch.highest[first..first + Q];
+        // By what the sums so far are to be multiplied: e^(highest so far − highest now).
+        let mut factors = [0.0; LANES];
+        for (i, scores) in scores.iter_mut().enumerate() {
+            let now = mask(scores, block.seen(queries.seen(first + i)), queries.softcap, highest[i]);
+            // Both may be −∞.
+            factors[i] = if highest[i] == now { 0.0 } else { highest[i] - now };
+            highest[i] = now;
+        }
+        let factors = exp_decay::<S>(factors);
+        for (i, scores) in scores.iter_mut().enumerate() {
+            soften::<S>(scores, highest[i], factors[i], &mut scratch.sums[first + i]);
+        }
+        // What only some of the queries see weighs nothing for the others, as long as it is finite.
+        let seen = block.seen(queries.seen(first).start..queries.seen(first + Q - 1).end);
+        let out = scratch.values[first * v_stride..].as_mut_ptr();
+        weigh::<S, E, Q>(&scratch.scores, seen, block.values, ahead.map(|ahead| ahead.1), v_stride, factors, out);
+    }
+    Q
+}
+
+/// The scores of `Q` queries for the tokens of a block. Asks for as much of `ahead` as there are keys.
+///
+/// # Safety
+/// `queries` points to `k_dim` times `Q` values, each of `keys` to `k_dim` times sixteen; the machine has `S`.
 #[inline(always)]
 unsafe fn scores<S: Sixteen, E: Load, const Q: usize>(
     queries: *const f32,
     k_dim: usize,
     keys: [*const E; GROUPS],
+    ahead: Option<[*const E; GROUPS]>,
     out: &mut [[f32; BLOCK]],
 ) {
     // SAFETY: as the caller vouches; `out` has `Q` rows, since it has one for each query that goes together.
     unsafe {
         let [a, b, c, d] = keys;
         if 4 * Q <= S::SUMS {
-            scores_of_groups::<S, E, Q, 4>(queries, k_dim, keys, out, 0);
+            scores_of_groups::<S, E, Q, 4>(queries, k_dim, keys, ahead, out, 0);
         } else if 2 * Q <= S::SUMS {
-            scores_of_groups::<S, E, Q, 2>(queries, k_dim, [a, b], out, 0);
-            scores_of_groups::<S, E, Q, 2>(queries, k_dim, [c, d], out, 2);
+            scores_of_groups::<S, E, Q, 2>(queries, k_dim, [a, b], ahead.map(|[a, b, ..]| [a, b]), out, 0);
+            scores_of_groups::<S, E, Q, 2>(queries, k_dim, [c, d], ahead.map(|[.., c, d]| [c, d]), out, 2);
         } else {
             for (group, keys) in keys.into_iter().enumerate() {
-                scores_of_groups::<S, E, Q, 1>(queries, k_dim, [keys], out, group);
+                scores_of_groups::<S, E, Q, 1>(queries, k_dim, [keys], ahead.map(|ahead| [ahead[group]]), out, group);
             }
         }
     }
@@ -248,6 +307,7 @@ unsafe fn scores_of_groups<S: Sixteen, E: Load, const Q: usize, const G: usize>(
     queries: *const f32,
     k_dim: usize,
     keys: [*const E; G],
+    ahead: Option<[*const E; G]>,
     out: &mut [[f32; BLOCK]],
     first: usize,
 ) {
@@ -259,8 +319,13 @@ unsafe fn scores_of_groups<S: Sixteen, E: Load, const Q: usize, const G: usize>(
             for (loaded, keys) in loaded.iter_mut().zip(&keys) {
                 *loaded = E::load::<S>(keys.add(dim * LANES));
             }
+            if let Some(ahead) = ahead
+                && (dim * LANES).is_multiple_of(const { LINE_BYTES / size_of::<E>() })
+            {
+                ahead.iter().for_each(|ahead| memory::prefetch(ahead.wrapping_add(dim * LANES)));
+            }
             for q in 0..Q {
-                let x = S::splat(queries.add(q * k_dim + dim).read());
+                let x = S::splat(queries.add(dim * Q + q).read());
                 for g in 0..G {
                     sums[q][g] = S::mul_add(x, loaded[g], sums[q][g]);
                 }
@@ -274,43 +339,54 @@ unsafe fn scores_of_groups<S: Sixteen, E: Load, const Q: usize, const G: usize>(
     }
 }
 
-/// Turns a query's scores into weights relative to the highest score so far, and adds them to its sums. Returns
-/// by what the sum of values so far is to be multiplied.
+/// Caps a query's scores, takes out those of tokens that it doesn't see, and returns the highest score so far.
 #[inline(always)]
-fn soften(scores: &mut [f32; BLOCK], seen: Seen, softcap: f32, highest: &mut f32, sums: &mut [f32; LANES]) -> f32 {
+fn mask(scores: &mut [f32; BLOCK], seen: Seen, softcap: f32, before: f32) -> f32 {
     let (groups, _) = scores.as_chunks_mut::<LANES>();
-    let mut maxima = [f32::NEG_INFINITY; LANES];
+    let mut maxima = [before; LANES];
     for (scores, &(from, to)) in groups.iter_mut().zip(&seen) {
         if softcap > 0.0 {
             *scores = vector::each(vector::tanh(vector::each(*scores, |x| x / softcap)), |x| x * softcap);
         }
         if (from, to) != (0, LANES) {
-            for (lane, score) in scores.iter_mut().enumerate() {
-                *score = if lane >= from && lane < to { *score } else { f32::NEG_INFINITY };
+            let (from, count) = (from as u32, (to - from) as u32);
+            let mut masked = [f32::NEG_INFINITY; LANES];
+            for lane in 0..LANES {
+                let hidden = (lane as u32).wrapping_sub(from) >= count;
+                masked[lane] = if hidden { f32::NEG_INFINITY } else { scores[lane] };
             }
+            *scores = masked;
         }
-        for (max, &score) in maxima.iter_mut().zip(scores.iter()) {
-            *max = if score > *max { score } else { *max };
-        }
+        maxima = vector::both(maxima, *scores, |max, score| if score > max { score } else { max });
     }
-    let before = *highest;
-    let now = maxima.iter().fold(before, |a, &b| if b > a { b } else { a });
-    let base = if now == f32::NEG_INFINITY { 0.0 } else { now };
-    let factor = if before == now { 1.0 } else { vector::exp([before - now; LANES])[0] };
-    for sum in sums.iter_mut() {
-        *sum *= factor;
-    }
-    for scores in groups {
-        *scores = vector::exp(vector::each(*scores, |score| score - base));
-        for (sum, &weight) in sums.iter_mut().zip(scores.iter()) {
-            *sum += weight;
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            maxima[i] = if maxima[i + width] > maxima[i] { maxima[i + width] } else { maxima[i] };
         }
     }
-    *highest = now;
-    factor
+    maxima[0]
 }
 
-/// Multiplies `Q` rows of `out` by `factors` and adds the values that the queries see, weighted.
+/// Turns a query's scores into weights relative to the `highest` score, and adds them to its sums times `factor`.
+#[inline(always)]
+fn soften<S: Sixteen>(scores: &mut [f32; BLOCK], highest: f32, factor: f32, sums: &mut [f32; LANES]) {
+    let (groups, _) = scores.as_chunks_mut::<LANES>();
+    let base = if highest == f32::NEG_INFINITY { 0.0 } else { highest };
+    let mut total = vector::each(*sums, |sum| sum * factor);
+    for scores in groups {
+        *scores = exp_decay::<S>(vector::each(*scores, |score| score - base));
+        total = vector::both(total, *scores, |sum, weight| sum + weight);
+    }
+    *sums = total;
+}
+
+#[inline(always)]
+fn exp_decay<S: Sixteen>(x: [f32; LANES]) -> [f32; LANES] {
+    if S::FUSED { vector::exp_decay::<true>(x) } else { vector::exp_decay::<false>(x) }
+}
+
+/// Multiplies `Q` rows of `out` by `factors` and adds the values that the queries see, weighted. Asks for as much of
+/// `ahead` as there are values.
 ///
 /// # Safety
 /// `out` points to `Q` rows of `v_stride`, a multiple of sixteen, each of `values` to the values of a group's tokens
@@ -320,23 +396,25 @@ unsafe fn weigh<S: Sixteen, E: Load, const Q: usize>(
     weights: &[[f32; BLOCK]],
     seen: Seen,
     values: [*const E; GROUPS],
+    ahead: Option<[*const E; GROUPS]>,
     v_stride: usize,
-    factors: [f32; Q],
+    factors: [f32; LANES],
     out: *mut f32,
 ) {
     let mut col = 0;
     while col < v_stride {
+        let ahead = ahead.filter(|_| col == 0);
         // SAFETY: as the caller vouches, with the columns that are left.
         unsafe {
             let (values, out) = (values.map(|values| values.wrapping_add(col)), out.add(col));
             let left = (v_stride - col) / LANES;
             col += LANES
                 * if 4 * Q <= S::SUMS && left >= 4 {
-                    weigh_columns::<S, E, Q, 4>(weights, seen, values, v_stride, factors, out)
+                    weigh_columns::<S, E, Q, 4>(weights, seen, values, ahead, v_stride, factors, out)
                 } else if 2 * Q <= S::SUMS && left >= 2 {
-                    weigh_columns::<S, E, Q, 2>(weights, seen, values, v_stride, factors, out)
+                    weigh_columns::<S, E, Q, 2>(weights, seen, values, ahead, v_stride, factors, out)
                 } else {
-                    weigh_columns::<S, E, Q, 1>(weights, seen, values, v_stride, factors, out)
+                    weigh_columns::<S, E, Q, 1>(weights, seen, values, ahead, v_stride, factors, out)
                 };
         }
     }
@@ -352,8 +430,9 @@ unsafe fn weigh_columns<S: Sixteen, E: Load, const Q: usize, const N: usize>(
     weights: &[[f32; BLOCK]],
     seen: Seen,
     values: [*const E; GROUPS],
+    ahead: Option<[*const E; GROUPS]>,
     v_stride: usize,
-    factors: [f32; Q],
+    factors: [f32; LANES],
     out: *mut f32,
 ) -> usize {
     // SAFETY: as the caller vouches.
@@ -368,6 +447,12 @@ unsafe fn weigh_columns<S: Sixteen, E: Load, const Q: usize, const N: usize>(
         }
         for (group, (values, &(from, to))) in values.iter().zip(&seen).enumerate() {
             for token in from..to {
+                if let Some(ahead) = ahead {
+                    let share = ahead[group].wrapping_add(token * v_stride);
+                    for at in (0..v_stride).step_by(const { LINE_BYTES / size_of::<E>() }) {
+                        memory::prefetch(share.wrapping_add(at));
+                    }
+                }
                 let values = values.add(token * v_stride);
                 let mut loaded = [zero; N];
                 for (n, loaded) in loaded.iter_mut().enumerate() {

@@ -20,7 +20,7 @@ use crate::kv::{Geometry, Head, Pages};
 use crate::memory::Matrix;
 use crate::pool::Worker;
 use crate::step::StepData;
-use crate::vector::Vectors;
+use crate::vector::{self, Vectors};
 
 /// Queries that a tile holds at most, unless one token's are more.
 const TILE_QUERIES: usize = 48;
@@ -257,6 +257,7 @@ impl Attention {
             out.iter_mut().for_each(|x| *x *= self.scale);
         }
         let queries = Queries {
+            k_dim: self.k_dim,
             rows: &rows,
             per_token: heads,
             position: step.position(tile.row) + tile.tokens.start,
@@ -282,7 +283,7 @@ impl Attention {
                     out[2..].copy_from_slice(running.values);
                 } else {
                     let values = &mut scratch.values[index * head.v_stride..][..head.v_stride];
-                    absorb(&mut scratch.highest[index], &mut scratch.sums[index], values, running);
+                    absorb(io.vectors, &mut scratch.highest[index], &mut scratch.sums[index], values, running);
                 }
             }
         }
@@ -298,7 +299,7 @@ impl Attention {
     /// # Safety
     /// Nobody writes the partial results or touches the output.
     unsafe fn merge(&self, io: Io<'_>, row: usize, partials: Range<usize>, kv_head: usize, scratch: &mut Scratch) {
-        let v_stride = self.v_dim.next_multiple_of(crate::vector::LANES);
+        let v_stride = self.v_dim.next_multiple_of(vector::LANES);
         self.begin(self.group_heads, kv_head, v_stride, scratch);
         for partial in partials {
             for index in 0..self.group_heads {
@@ -307,7 +308,7 @@ impl Attention {
                 let partial = unsafe { io.partials.row(row, 0..2 + v_stride) };
                 let running = Running { highest: partial[0], sum: partial[1], values: &partial[2..] };
                 let values = &mut scratch.values[index * v_stride..][..v_stride];
-                absorb(&mut scratch.highest[index], &mut scratch.sums[index], values, running);
+                absorb(io.vectors, &mut scratch.highest[index], &mut scratch.sums[index], values, running);
             }
         }
         // SAFETY: as the caller vouches.
@@ -339,9 +340,8 @@ impl Attention {
             // SAFETY: as the caller vouches.
             let out = unsafe { io.out.row_mut(token, head * self.v_dim..(head + 1) * self.v_dim) };
             let inverse = 1.0 / sum;
-            for (out, value) in out.iter_mut().zip(values) {
-                *out = value * inverse;
-            }
+            out.copy_from_slice(&values[..out.len()]);
+            vector::scale(io.vectors, out, inverse);
         }
     }
 }
@@ -362,16 +362,14 @@ impl HeadSteps {
 }
 
 /// Adds a split's result to the total.
-fn absorb(highest: &mut f32, sum: &mut f32, values: &mut [f32], split: Running<'_>) {
+fn absorb(vectors: Vectors, highest: &mut f32, sum: &mut f32, values: &mut [f32], split: Running<'_>) {
     if split.highest == f32::NEG_INFINITY && split.sum == 0.0 {
         return;
     }
     let now = if split.highest > *highest { split.highest } else { *highest };
     let (old, new) = ((*highest - now).exp(), (split.highest - now).exp());
     *sum = *sum * old + split.sum * new;
-    for (value, add) in values.iter_mut().zip(split.values) {
-        *value = *value * old + add * new;
-    }
+    vector::mix(vectors, values, old, split.values, new);
     *highest = now;
 }
 

@@ -8,10 +8,12 @@ use half::{bf16, f16};
 /// Every function needs the machine to have the instruction set of the implementing type; pointers must be
 /// valid for sixteen elements, at any alignment.
 pub(super) trait Sixteen: Copy {
-    /// Queries that share what is loaded; 1 or 4.
+    /// Most queries that share what is loaded; 1, 4 or 6.
     const QUERIES: usize;
-    /// Sums that fit in registers beside what is loaded: 4 or 16.
+    /// Sums that fit in registers beside what is loaded.
     const SUMS: usize;
+    /// Whether [`mul_add`](Sixteen::mul_add) rounds once.
+    const FUSED: bool;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load_f32(from: *const f32) -> Self;
@@ -62,6 +64,7 @@ pub(super) struct Portable([f32; 16]);
 impl Sixteen for Portable {
     const QUERIES: usize = 1;
     const SUMS: usize = 4;
+    const FUSED: bool = false;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Portable {
@@ -131,6 +134,7 @@ mod x86 {
     impl Sixteen for Avx512 {
         const QUERIES: usize = 4;
         const SUMS: usize = 16;
+        const FUSED: bool = true;
 
         functions! { "avx512f,avx512bw,avx2,fma,f16c":
             fn splat(value: f32) -> Avx512 { Avx512(_mm512_set1_ps(value)) }
@@ -160,8 +164,9 @@ mod x86 {
     }
 
     impl Sixteen for Avx2 {
-        const QUERIES: usize = 4;
-        const SUMS: usize = 4;
+        const QUERIES: usize = 6;
+        const SUMS: usize = 6;
+        const FUSED: bool = true;
 
         functions! { "avx2,fma,f16c":
             fn splat(value: f32) -> Avx2 { Avx2([_mm256_set1_ps(value); 2]) }
