@@ -229,11 +229,19 @@ unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
             match precision {
                 Precision::Int8 => {
                     let integers = write_scales(unit, to, Precision::Int8.record(), MAX_INT8);
-                    to.put(0, integers.map(|integer| integer as i8));
+                    let mut values = [0_i8; UNIT];
+                    for (value, integer) in values.iter_mut().zip(integers) {
+                        *value = integer as i8;
+                    }
+                    to.put(0, values);
                 }
                 Precision::Int16 => {
                     let integers = write_scales(unit, to, Precision::Int16.record(), MAX_INT16);
-                    to.put(0, paired(&integers.map(|integer| integer as i16)));
+                    let mut values = [0_i16; UNIT];
+                    for (value, integer) in values.iter_mut().zip(paired(&integers)) {
+                        *value = integer as i16;
+                    }
+                    to.put(0, values);
                 }
                 Precision::F32 => write_floats(unit, to),
             }
@@ -265,7 +273,8 @@ unsafe fn write_scales(values: &[f32; UNIT], to: Slot, record: Record, max: f32)
         false if largest < SMALLEST => 0.0,
         false => f32::NAN,
     };
-    // One loop over all, because the compiler makes vectors of it; `map` and shorter loops it takes apart.
+    // One loop over all, because the compiler makes vectors of it; `map` and shorter loops it takes apart, here and where
+    // the integers are narrowed.
     let mut integers = [0_i32; UNIT];
     let (mut sum, mut second_sum) = (0_i32, 0_i32);
     for (i, (integer, x)) in integers.iter_mut().zip(values).enumerate() {

@@ -57,14 +57,14 @@ macro_rules! apply {
 
 /// Functions of sixteen lanes.
 mod lanes {
-    use crate::vector::{LANES, both, each, erf, exp, tanh};
+    use crate::vector::{LANES, both, each, erf, exp, exp_decay, tanh};
 
     type Lanes = [f32; LANES];
 
-    /// x · σ(x) as x / (1 + e^−x), which is 0 and not NaN where e^−x overflows.
+    /// x · σ(x), by e^−|x|, which doesn't overflow.
     #[inline(always)]
     pub fn silu(x: Lanes) -> Lanes {
-        both(x, exp(each(x, |x| -x)), |x, e| x / (1.0 + e))
+        both(x, exp_decay::<false>(each(x, |x| -x.abs())), |x, e| (if x < 0.0 { x * e } else { x }) / (1.0 + e))
     }
 
     #[inline(always)]

@@ -26,19 +26,19 @@ pub(super) struct Running<'a> {
     pub values: &'a [f32],
 }
 
-/// Queries of one KV head: `per_token` for each of successive positions.
+/// Queries of one KV head, `per_token` for each of successive positions, that [`arrange`] has put in order.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Queries<'a> {
+pub(super) struct Queries {
+    pub count: usize,
     pub k_dim: usize,
-    /// Rows of `k_dim`, scaled; query `i` is at `position + i / per_token`.
-    pub rows: &'a [f32],
+    /// Query `i` is at `position + i / per_token`.
     pub per_token: usize,
     pub position: usize,
     pub window: usize,
     pub softcap: f32,
 }
 
-impl Queries<'_> {
+impl Queries {
     /// The positions that query `index` sees.
     fn seen(&self, index: usize) -> Range<usize> {
         let end = self.position + index / self.per_token + 1;
@@ -80,14 +80,38 @@ impl Scratch {
     }
 }
 
+/// Puts queries, `rows` of `k_dim`, times `scale` into the order in which they are read.
+pub(super) fn arrange(vectors: Vectors, rows: &[f32], k_dim: usize, scale: f32, scratch: &mut Scratch) {
+    let most = match vectors.level() {
+        Level::Portable => super::sixteen::Portable::QUERIES,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => super::sixteen::Avx2::QUERIES,
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => super::sixteen::Avx512::QUERIES,
+    };
+    scratch.rows.resize(rows.len(), 0.0);
+    let (mut rows, mut to) = (rows, &mut scratch.rows[..]);
+    while !rows.is_empty() {
+        let size = group(most.min(rows.len() / k_dim));
+        let (these, behind) = rows.split_at(size * k_dim);
+        let (places, rest) = to.split_at_mut(size * k_dim);
+        for (query, row) in these.chunks_exact(k_dim).enumerate() {
+            for (place, x) in places[query..].iter_mut().step_by(size).zip(row) {
+                *place = x * scale;
+            }
+        }
+        (rows, to) = (behind, rest);
+    }
+}
+
 /// Attends from `queries` to the split number `split` of their context.
 ///
 /// # Safety
-/// The pages hold elements of type `E`, those that the queries see are in `context`, and no other thread writes
+/// The queries were arranged in `scratch`; the pages hold elements of type `E`, those that the queries see are in `context`, and no other thread writes
 /// the tokens that the queries see.
 pub(super) unsafe fn attend_split<E: Element + Load>(
     vectors: Vectors,
-    queries: Queries<'_>,
+    queries: Queries,
     context: Context<'_>,
     split: usize,
     scratch: &mut Scratch,
@@ -108,7 +132,7 @@ pub(super) unsafe fn attend_split<E: Element + Load>(
 /// The machine has AVX2, FMA and F16C; else as for [`attend_split`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<E: Element + Load>(queries: Queries<'_>, context: Context<'_>, split: usize, scratch: &mut Scratch) {
+unsafe fn avx2<E: Element + Load>(queries: Queries, context: Context<'_>, split: usize, scratch: &mut Scratch) {
     // SAFETY: as the caller vouches.
     unsafe { go::<super::sixteen::Avx2, E>(queries, context, split, scratch) }
 }
@@ -117,7 +141,7 @@ unsafe fn avx2<E: Element + Load>(queries: Queries<'_>, context: Context<'_>, sp
 /// The machine has AVX-512F and AVX-512BW; else as for [`attend_split`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
-unsafe fn avx512<E: Element + Load>(queries: Queries<'_>, context: Context<'_>, split: usize, scratch: &mut Scratch) {
+unsafe fn avx512<E: Element + Load>(queries: Queries, context: Context<'_>, split: usize, scratch: &mut Scratch) {
     // SAFETY: as the caller vouches.
     unsafe { go::<super::sixteen::Avx512, E>(queries, context, split, scratch) }
 }
@@ -133,11 +157,13 @@ impl<E> Place<E> {
     /// The lanes of each group that a query which sees `positions` sees.
     #[inline(always)]
     fn seen(&self, positions: Range<usize>) -> Seen {
-        std::array::from_fn(|i| {
-            let (start, end) = (self.positions[i].start, self.positions[i].end);
-            let from = positions.start.clamp(start, end) - start;
-            (from, positions.end.clamp(start + from, end) - start)
-        })
+        let mut seen = [(0, 0); GROUPS];
+        for (seen, group) in seen.iter_mut().zip(&self.positions) {
+            let from = positions.start.clamp(group.start, group.end);
+            let to = positions.end.clamp(from, group.end);
+            *seen = (from - group.start, to - group.start);
+        }
+        seen
     }
 }
 
@@ -148,13 +174,13 @@ type Seen = [(usize, usize); GROUPS];
 /// The machine has `S`; else as for [`attend_split`].
 #[inline(always)]
 unsafe fn go<S: Sixteen, E: Element + Load>(
-    queries: Queries<'_>,
+    queries: Queries,
     context: Context<'_>,
     split: usize,
     scratch: &mut Scratch,
 ) {
     let Head { geometry, k_dim, v_stride, .. } = context.head;
-    let count = queries.rows.len() / k_dim;
+    let count = queries.count;
     scratch.highest.clear();
     scratch.highest.resize(count, f32::NEG_INFINITY);
     scratch.sums.clear();
@@ -163,18 +189,6 @@ unsafe fn go<S: Sixteen, E: Element + Load>(
     scratch.values.resize(count * v_stride, 0.0);
     scratch.scores.resize(S::QUERIES, [0.0; BLOCK]);
     scratch.zeros.resize(LANES * k_dim, 0.0);
-    scratch.rows.resize(count * k_dim, 0.0);
-    let mut first = 0;
-    while first < count {
-        let size = group(S::QUERIES.min(count - first));
-        let range = first * k_dim..(first + size) * k_dim;
-        for (query, row) in queries.rows[range.clone()].chunks_exact(k_dim).enumerate() {
-            for (place, x) in scratch.rows[range.clone()].iter_mut().skip(query).step_by(size).zip(row) {
-                *place = *x;
-            }
-        }
-        first += size;
-    }
 
     // What any of the queries sees: of the first its start, of the last its end.
     let all = queries.seen(0).start..queries.seen(count - 1).end;
@@ -237,7 +251,7 @@ fn group(most: usize) -> usize {
 unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
     block: &Place<E>,
     ahead: Option<([*const E; GROUPS], [*const E; GROUPS])>,
-    queries: Queries<'_>,
+    queries: Queries,
     first: usize,
     v_stride: usize,
     scratch: &mut Scratch,
@@ -245,8 +259,10 @@ unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
     let k_dim = queries.k_dim;
     // SAFETY: keys, values and what is seen of them are those of this block; else as the caller vouches.
     unsafe {
+        // What only some of the queries see weighs nothing for the others, as long as it is finite.
+        let seen = block.seen(queries.seen(first).start..queries.seen(first + Q - 1).end);
         let rows = scratch.rows[first * k_dim..].as_ptr();
-        scores::<S, E, Q>(rows, k_dim, block.keys, ahead.map(|ahead| ahead.0), &mut scratch.scores);
+        scores::<S, E, Q>(rows, k_dim, seen, block.keys, ahead.map(|ahead| ahead.0), &mut scratch.scores);
         let scores = &mut scratch.scores[..Q];
         let highest = &mut scratch.highest[first..first + Q];
         // By what the sums so far are to be multiplied: e^(highest so far − highest now).
@@ -259,17 +275,15 @@ unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
         }
         let factors = exp_decay::<S>(factors);
         for (i, scores) in scores.iter_mut().enumerate() {
-            soften::<S>(scores, highest[i], factors[i], &mut scratch.sums[first + i]);
+            soften::<S>(scores, seen, highest[i], factors[i], &mut scratch.sums[first + i]);
         }
-        // What only some of the queries see weighs nothing for the others, as long as it is finite.
-        let seen = block.seen(queries.seen(first).start..queries.seen(first + Q - 1).end);
         let out = scratch.values[first * v_stride..].as_mut_ptr();
         weigh::<S, E, Q>(&scratch.scores, seen, block.values, ahead.map(|ahead| ahead.1), v_stride, factors, out);
     }
     Q
 }
 
-/// The scores of `Q` queries for the tokens of a block. Asks for as much of `ahead` as there are keys.
+/// The scores of `Q` queries for the tokens of a block, some of which are `seen`. Asks for as much of `ahead` as there are keys.
 ///
 /// # Safety
 /// `queries` points to `k_dim` times `Q` values, each of `keys` to `k_dim` times sixteen; the machine has `S`.
@@ -277,6 +291,7 @@ unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
 unsafe fn scores<S: Sixteen, E: Load, const Q: usize>(
     queries: *const f32,
     k_dim: usize,
+    seen: Seen,
     keys: [*const E; GROUPS],
     ahead: Option<[*const E; GROUPS]>,
     out: &mut [[f32; BLOCK]],
@@ -290,7 +305,7 @@ unsafe fn scores<S: Sixteen, E: Load, const Q: usize>(
             scores_of_groups::<S, E, Q, 2>(queries, k_dim, [a, b], ahead.map(|[a, b, ..]| [a, b]), out, 0);
             scores_of_groups::<S, E, Q, 2>(queries, k_dim, [c, d], ahead.map(|[.., c, d]| [c, d]), out, 2);
         } else {
-            for (group, keys) in keys.into_iter().enumerate() {
+            for (group, keys) in keys.into_iter().enumerate().filter(|&(group, _)| seen[group].0 < seen[group].1) {
                 scores_of_groups::<S, E, Q, 1>(queries, k_dim, [keys], ahead.map(|ahead| [ahead[group]]), out, group);
             }
         }
@@ -343,7 +358,6 @@ unsafe fn scores_of_groups<S: Sixteen, E: Load, const Q: usize, const G: usize>(
 #[inline(always)]
 fn mask(scores: &mut [f32; BLOCK], seen: Seen, softcap: f32, before: f32) -> f32 {
     let (groups, _) = scores.as_chunks_mut::<LANES>();
-    let mut maxima = [before; LANES];
     for (scores, &(from, to)) in groups.iter_mut().zip(&seen) {
         if softcap > 0.0 {
             *scores = vector::each(vector::tanh(vector::each(*scores, |x| x / softcap)), |x| x * softcap);
@@ -357,6 +371,9 @@ fn mask(scores: &mut [f32; BLOCK], seen: Seen, softcap: f32, before: f32) -> f32
             }
             *scores = masked;
         }
+    }
+    let mut maxima = [before; LANES];
+    for scores in groups {
         maxima = vector::both(maxima, *scores, |max, score| if score > max { score } else { max });
     }
     for width in [8, 4, 2, 1] {
@@ -367,13 +384,17 @@ fn mask(scores: &mut [f32; BLOCK], seen: Seen, softcap: f32, before: f32) -> f32
     maxima[0]
 }
 
-/// Turns a query's scores into weights relative to the `highest` score, and adds them to its sums times `factor`.
+/// Turns a query's scores into weights relative to the `highest` score, and adds them to its sums times `factor`;
+/// groups of which nothing is `seen` stay as they are.
 #[inline(always)]
-fn soften<S: Sixteen>(scores: &mut [f32; BLOCK], highest: f32, factor: f32, sums: &mut [f32; LANES]) {
+fn soften<S: Sixteen>(scores: &mut [f32; BLOCK], seen: Seen, highest: f32, factor: f32, sums: &mut [f32; LANES]) {
     let (groups, _) = scores.as_chunks_mut::<LANES>();
     let base = if highest == f32::NEG_INFINITY { 0.0 } else { highest };
     let mut total = vector::each(*sums, |sum| sum * factor);
-    for scores in groups {
+    for (scores, (from, to)) in groups.iter_mut().zip(seen) {
+        if from == to {
+            continue;
+        }
         *scores = exp_decay::<S>(vector::each(*scores, |score| score - base));
         total = vector::both(total, *scores, |sum, weight| sum + weight);
     }

@@ -254,11 +254,12 @@ impl Attention {
             // SAFETY: q is only read until the phase is over.
             let query = unsafe { io.q.row(token, head * self.k_dim..(head + 1) * self.k_dim) };
             self.q.apply(io, token, query, out);
-            out.iter_mut().for_each(|x| *x *= self.scale);
         }
+        kernel::arrange(io.vectors, &rows, self.k_dim, self.scale, &mut scratch.kernel);
+        scratch.queries = rows;
         let queries = Queries {
+            count,
             k_dim: self.k_dim,
-            rows: &rows,
             per_token: heads,
             position: step.position(tile.row) + tile.tokens.start,
             window: io.tiling.window,
@@ -287,7 +288,6 @@ impl Attention {
                 }
             }
         }
-        scratch.queries = rows;
         if tile.partial.is_none() {
             // SAFETY: the outputs are this tile's.
             unsafe { self.finish(io, first, kv_head, head.v_stride, scratch) };
