@@ -8,7 +8,7 @@
 //! for a moment and then sleep.
 
 use std::cell::Cell;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -120,9 +120,14 @@ impl Worker<'_> {
     }
 
     /// As [`share`](Worker::share), for tasks whose memory lies side by side: every thread goes through a [span](span)
-    /// of its own front to back before it helps others, half of what is left of it at a time but at least `grain`,
-    /// and calls `wait` again and again when nothing is left to take.
-    pub fn share_spans(&self, total: usize, grain: usize, mut run: impl FnMut(Range<usize>), mut wait: impl FnMut()) {
+    /// of its own front to back before it helps others, half of what is left of it at a time within `grains`, and calls `wait` again and again when nothing is left to take.
+    pub fn share_spans(
+        &self,
+        total: usize,
+        grains: RangeInclusive<usize>,
+        mut run: impl FnMut(Range<usize>),
+        mut wait: impl FnMut(),
+    ) {
         let (team, phase) = (self.team, self.next_phase());
         if total == 0 {
             let this = u64::from(phase) << 32;
@@ -141,7 +146,7 @@ impl Worker<'_> {
                 if start >= span.end {
                     break;
                 }
-                let end = span.end.min(start + grain.max((span.end - start) / 2));
+                let end = span.end.min(start + ((span.end - start) / 2).clamp(*grains.start(), *grains.end()));
                 let next = u64::from(phase) << 32 | (end - span.start) as u64;
                 if taken.compare_exchange_weak(seen, next, Ordering::AcqRel, Ordering::Relaxed).is_err() {
                     continue;
@@ -356,13 +361,18 @@ mod tests {
                             }
                         };
                         if phase % 3 == round % 3 {
-                            worker.share_spans(counts.len(), 1 + round % 5, run, || {});
-                            worker.share_spans(0, 1, |_| panic!("there are no tasks"), || {});
+                            worker.share_spans(counts.len(), 1 + round % 5..=1 + round % 7 + round % 5, run, || {});
+                            worker.share_spans(0, 1..=1, |_| panic!("there are no tasks"), || {});
                         } else {
                             worker.share(counts.len(), 1 + round % 5, run);
                             worker.share(0, 1, |_| panic!("there are no tasks"));
                         }
-                        worker.share_spans(1, 1, |tasks| assert_eq!(tasks, 0..1, "fewer tasks than threads"), || {});
+                        worker.share_spans(
+                            1,
+                            1..=1,
+                            |tasks| assert_eq!(tasks, 0..1, "fewer tasks than threads"),
+                            || {},
+                        );
                     }
                 });
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 40));
@@ -392,7 +402,7 @@ mod tests {
                     }
                 }
             };
-            worker.share_spans(64, 1, run, || {});
+            worker.share_spans(64, 1..=64, run, || {});
         });
     }
 
@@ -422,7 +432,7 @@ mod tests {
             let job = AssertUnwindSafe(|| {
                 pool.run(|worker| {
                     worker.share(30, 1, |tasks| assert!(tasks.start != guilty, "task {guilty} fails"));
-                    worker.share_spans(30, 1, |_| {}, || {});
+                    worker.share_spans(30, 1..=2, |_| {}, || {});
                     worker.share(30, 1, |_| {});
                 });
             });

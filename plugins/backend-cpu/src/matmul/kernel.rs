@@ -17,9 +17,9 @@ use super::mode::{Bytes, Floats, Mode, Words};
 use super::pack::PackedMatrix;
 use super::simd::{Simd, portable::Portable};
 
-/// So much of the activations is gone through with one row block before the next, and stays in the first-level
-/// cache.
-const CACHED_BYTES: usize = 20 << 10;
+/// So much of the activations is gone through with one row block before the next: little enough to be near when they
+/// are read again, and enough tokens for the row block to be worth fetching.
+const CACHED_BYTES: usize = 64 << 10;
 
 /// How far ahead of their use weights are asked for: by one token's product, which leaves most to the processor's
 /// own prefetching, and by that of several, which is slower.

@@ -389,7 +389,9 @@ impl Compiled {
         let inputs = if private { &space.inputs } else { &self.inputs };
         let mut prepared = !private;
         let total = matmul.row_blocks();
-        let shares = if private { 6 } else { 16 };
+        // Few tokens go through long stretches of the weights, many stay with what the caches hold of them.
+        let small = grain(total, worker, if private { 6 } else { 16 });
+        let grains = small..=if private { total.max(small) } else { small };
         let run = |claimed: Range<usize>| {
             if !prepared {
                 (0..rows.count).for_each(|row| prepare(row, inputs));
@@ -428,7 +430,7 @@ impl Compiled {
             }
         };
         let mut asked = 0;
-        worker.share_spans(total, grain(total, worker, shares), run, || {
+        worker.share_spans(total, grains, run, || {
             if let Some(next) = next
                 && asked < ASKED_BYTES
             {
