@@ -120,7 +120,8 @@ impl Worker<'_> {
     }
 
     /// As [`share`](Worker::share), for tasks whose memory lies side by side: every thread goes through a [span](span)
-    /// of its own front to back before it helps others, half of what is left of it at a time within `grains`, and calls `wait` again and again when nothing is left to take.
+    /// of its own front to back before it helps others, half of what is left of it at a time within `grains`, and calls
+    /// `wait` again and again when nothing is left to take.
     pub fn share_spans(
         &self,
         total: usize,

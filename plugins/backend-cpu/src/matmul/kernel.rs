@@ -16,6 +16,7 @@ use super::layout::{self, Codes, Format, LINE, ROWS, UNIT};
 use super::mode::{Bytes, Floats, Mode, Words};
 use super::pack::PackedMatrix;
 use super::simd::{Simd, portable::Portable};
+use crate::memory::prefetch;
 
 /// So much of the activations is gone through with one row block before the next: little enough to be near when they
 /// are read again, and enough tokens for the row block to be worth fetching.
@@ -244,7 +245,7 @@ unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize, const B: usize
                     }
                     if cold && (N > 1 || (S::ASKS_AHEAD && F::SCALED)) {
                         for line in 0..F::UNIT_BYTES.div_ceil(LINE) {
-                            S::prefetch(unit.0.wrapping_add(AHEAD[usize::from(N > 1)] + line * LINE));
+                            prefetch(unit.0.wrapping_add(AHEAD[usize::from(N > 1)] + line * LINE));
                         }
                     }
                     part::<S, F, M, 0, N>(header, unit, (values, record), sums);

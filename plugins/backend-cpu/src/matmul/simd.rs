@@ -35,8 +35,6 @@ pub(super) trait Simd: Copy {
     /// Whether [`dot`](Simd::dot) counts wide codes from 128 instead of from 0.
     const CENTRED: bool;
 
-    /// Asks for a cache line, anywhere.
-    unsafe fn prefetch(at: *const u8);
     /// Reads `LANES` 32-bit words.
     unsafe fn load(from: *const u8) -> Self::Int;
     /// Reads `LANES` signed bytes.

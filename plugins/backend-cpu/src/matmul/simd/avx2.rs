@@ -31,7 +31,6 @@ macro_rules! common {
         type Partial = __m256i;
 
         op! { $features
-            fn prefetch(at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
             // SAFETY: the caller vouches for 32 readable bytes.
             fn load(from: *const u8) -> __m256i { unsafe { _mm256_loadu_si256(from.cast()) } }
             // SAFETY: the caller vouches for 8 readable bytes.

@@ -29,7 +29,6 @@ impl Simd for Avx512 {
     const CENTRED: bool = false;
 
     op! {
-        fn prefetch(at: *const u8) { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         // SAFETY: the caller vouches for 64 readable bytes.
         fn load(from: *const u8) -> __m512i { unsafe { _mm512_loadu_si512(from.cast()) } }
         // SAFETY: the caller vouches for 16 readable bytes.

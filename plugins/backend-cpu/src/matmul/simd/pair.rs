@@ -38,12 +38,6 @@ impl<S: Simd> Simd for Pair<S> {
     const CENTRED: bool = S::CENTRED;
 
     #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        // SAFETY: as the caller vouches.
-        unsafe { S::prefetch(at) }
-    }
-
-    #[inline(always)]
     unsafe fn load(from: *const u8) -> Self::Int {
         // SAFETY: the caller vouches for twice the bytes that a half reads.
         unsafe { [S::load(from), S::load(from.add(4 * S::LANES))] }

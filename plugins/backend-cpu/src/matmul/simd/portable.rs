@@ -40,9 +40,6 @@ impl Simd for Portable {
     const CENTRED: bool = false;
 
     #[inline(always)]
-    unsafe fn prefetch(_at: *const u8) {}
-
-    #[inline(always)]
     unsafe fn load(from: *const u8) -> Self::Int {
         // SAFETY: the caller vouches for 16 readable bytes.
         let words = unsafe { from.cast::<[[u8; 4]; LANES]>().read() };

@@ -107,8 +107,8 @@ pub(super) fn arrange(vectors: Vectors, rows: &[f32], k_dim: usize, scale: f32, 
 /// Attends from `queries` to the split number `split` of their context.
 ///
 /// # Safety
-/// The queries were arranged in `scratch`; the pages hold elements of type `E`, those that the queries see are in `context`, and no other thread writes
-/// the tokens that the queries see.
+/// The queries were arranged in `scratch`; the pages hold elements of type `E`, those that the queries see are in
+/// `context`, and no other thread writes the tokens that the queries see.
 pub(super) unsafe fn attend_split<E: Element + Load>(
     vectors: Vectors,
     queries: Queries,
@@ -283,7 +283,8 @@ unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
     Q
 }
 
-/// The scores of `Q` queries for the tokens of a block, some of which are `seen`. Asks for as much of `ahead` as there are keys.
+/// The scores of `Q` queries for the tokens of a block, some of which are `seen`. Asks for as much of `ahead` as there
+/// are keys.
 ///
 /// # Safety
 /// `queries` points to `k_dim` times `Q` values, each of `keys` to `k_dim` times sixteen; the machine has `S`.
