@@ -409,15 +409,15 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
     }
 
     /// Whether eight bits of its input cost a linear's result little: that of gate and up, which an activation
-    /// dampens, and that of attention's output, an average. Where outliers go (q, k, v, down) and where
-    /// tokens come from (the head), sixteen bits halve the error of the whole model.
+    /// dampens, that of attention's output, an average, and that of down, one of many terms of the residual. What
+    /// steers attention (q, k, v) and where tokens come from (the head) loses most by them.
     fn suits_int8(&self, node: &Node) -> bool {
         let nodes = &self.graph.nodes;
         let root = self.roots[node.outputs[0].0 as usize];
         let mut readers = self.readers.get(&root).into_iter().flatten().filter_map(|&reader| nodes.get(reader));
         let producer = nodes.get(self.producers[self.roots[node.inputs[0].0 as usize]]);
         readers.any(|node| matches!(node.op, Op::Gated { .. }))
-            || producer.is_some_and(|node| matches!(node.op, Op::Attention { .. }))
+            || producer.is_some_and(|node| matches!(node.op, Op::Attention { .. } | Op::Gated { .. }))
     }
 
     fn attention(&mut self, node: &Node) -> Result<AttentionPhase> {
@@ -484,7 +484,7 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
         let (count, ffn) = (shape[0], shape[1]);
         let (gate_kernel, gate_input) = self.kernel(gate, input.cols, true)?;
         let (up_kernel, up_input) = self.kernel(up, input.cols, true)?;
-        let (down_kernel, down_input) = self.kernel(down, ffn, false)?;
+        let (down_kernel, down_input) = self.kernel(down, ffn, true)?;
         let per_row = match self.graph.nodes[self.producers[routing.buffer]].op {
             Op::Route { top_k, .. } => top_k as usize,
             _ => count,

@@ -1,5 +1,6 @@
 //! AVX2: eight rows a vector, with and without the VNNI instructions of newer desktop processors.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::Simd;
@@ -9,6 +10,16 @@ pub(in crate::matmul) struct Avx2;
 
 #[derive(Clone, Copy)]
 pub(in crate::matmul) struct Avx2Vnni;
+
+/// A sum that is added up in the order in which the program says. Left to itself, the compiler takes sums of integers
+/// apart token by token, and with it keeps a whole unit's codes in memory.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn in_order(mut sum: __m256i) -> __m256i {
+    // SAFETY: there is no instruction in it.
+    unsafe { asm!("/* {0} */", inout(ymm_reg) sum, options(nomem, nostack, preserves_flags)) };
+    sum
+}
 
 macro_rules! op {
     ($features:literal $(fn $name:ident $(<const $n:ident: $t:ty>)? ($($arg:ident: $at:ty),*) $(-> $ret:ty)? { $body:expr })*) => {$(
@@ -68,13 +79,13 @@ impl Simd for Avx2 {
                 // 255 × 127 twice overflows sixteen bits; 128 × 127 twice doesn't.
                 let codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
                 let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(_mm256_set1_epi32(quad), codes));
-                _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+                in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))))
             } else {
-                _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quad)))
+                in_order(_mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, _mm256_set1_epi32(quad))))
             }
         }
         fn dot_words(sums: __m256i, codes: __m256i, pair: i32) -> __m256i {
-            _mm256_add_epi32(sums, _mm256_madd_epi16(codes, _mm256_set1_epi32(pair)))
+            in_order(_mm256_add_epi32(sums, _mm256_madd_epi16(codes, _mm256_set1_epi32(pair))))
         }
         fn fold(sums: __m256i, partial: __m256i, wide: bool) -> __m256i {
             _mm256_add_epi32(sums, if wide { partial } else { _mm256_madd_epi16(partial, _mm256_set1_epi16(1)) })
