@@ -102,7 +102,8 @@ pub fn ceilings(key: &str, options: &str, bytes: usize, dtype: DType) -> Result<
 fn cpu_ceilings(config: &CpuConfig, bytes: usize, dtype: DType) -> Result<Ceilings> {
     let (precision, operations) = match config.activations {
         Activations::F32 => (Precision::F32, "multiply-adds of f32"),
-        _ if dtype.is_float() => (Precision::F32, "multiply-adds of f32"),
+        _ if dtype == DType::F32 => (Precision::F32, "multiply-adds of f32"),
+        _ if dtype.is_float() => (Precision::Int16, "dot products with 16 bits"),
         Activations::Int16 => (Precision::Int16, "dot products with 16 bits"),
         Activations::Auto | Activations::Int8 => (Precision::Int8, "dot products with 8 bits"),
     };

@@ -13,8 +13,10 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use setu_backend_cpu::matmul::{Activations, Isa, Kernel, Output, PackedMatrix, Precision};
-use setu_core::DType;
+use setu_backend_cpu::ceilings::Ceilings;
+use setu_backend_cpu::config::{self, CpuConfig, IsaChoice};
+use setu_backend_cpu::matmul::{Activations, Isa, Kernel, Output, PackedFormat, PackedMatrix, Precision};
+use setu_core::{DType, Result};
 
 /// Name, rows and columns.
 const SHAPES: [(&str, usize, usize); 9] = [
@@ -48,11 +50,8 @@ fn main() {
     });
     println!("instruction set {isa}");
     for &threads in &threads {
-        let bandwidth = best(threads, 5, READ_BYTES, |_, _| read());
-        print!("{threads} threads: reads {:.1} GB/s", threads as f64 * bandwidth);
-        match peak(threads) {
-            Some(peak) => println!(", byte products {peak:.0} GOP/s"),
-            None => println!(),
+        if let Err(error) = print_ceilings(threads, isa) {
+            eprintln!("{error}");
         }
     }
     println!("format precision shape              tokens threads   GB/s   GOP/s");
@@ -63,14 +62,15 @@ fn main() {
             }
             let Some(raw) = random_weights(dtype, rows * cols) else { continue };
             let copies = (WORKING_SET / raw.len()).clamp(1, 200);
-            let start = cpu_nanoseconds();
-            let weights: Vec<PackedMatrix> =
-                (0..copies).filter_map(|_| PackedMatrix::pack(dtype, cols, &[&raw]).ok()).collect();
-            let pack = (raw.len() * copies) as f64 / (cpu_nanoseconds() - start) as f64;
-            println!("{dtype:6} pack {pack:.2}");
             for precision in [Precision::Int8, Precision::Int16, Precision::F32] {
                 let wanted = precisions.iter().any(|name| *name == format!("{precision:?}"));
                 let Some(kernel) = Kernel::select(isa, dtype, precision).ok().filter(|_| wanted) else { continue };
+                let format = PackedFormat::new(dtype, precision);
+                let start = cpu_nanoseconds();
+                let weights: Vec<PackedMatrix> =
+                    (0..copies).filter_map(|_| PackedMatrix::pack(format, cols, &[&raw]).ok()).collect();
+                let pack = (raw.len() * copies) as f64 / (cpu_nanoseconds() - start) as f64;
+                println!("{dtype:6} {precision:9?} pack {pack:.2}");
                 println!("{dtype:6} {precision:9?} {name:12} quantize {:.0}", quantize(isa, precision, cols));
                 for &tokens in &tokens {
                     for &threads in &threads {
@@ -83,6 +83,24 @@ fn main() {
             }
         }
     }
+}
+
+fn print_ceilings(threads: usize, isa: Isa) -> Result<()> {
+    let choice = match isa.name() {
+        "avx512" => IsaChoice::Avx512,
+        "portable" => IsaChoice::Portable,
+        _ => IsaChoice::Avx2,
+    };
+    let config = CpuConfig { threads: threads as u32, isa: choice, activations: config::Activations::Auto };
+    let mut ceilings = Ceilings::new(&config)?;
+    print!("{threads} threads: reads {:.1} GB/s", 1e-9 * ceilings.read_bandwidth(WORKING_SET)?);
+    for precision in [Precision::Int8, Precision::Int16, Precision::F32] {
+        if let Some(peak) = ceilings.peak(precision) {
+            print!(", {precision:?} {:.0} GOP/s", 1e-9 * peak);
+        }
+    }
+    println!();
+    Ok(())
 }
 
 /// Bytes of a matrix and the seconds that its product takes.
@@ -154,53 +172,6 @@ fn cpu_nanoseconds() -> u64 {
     // SAFETY: `time` is writable.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
-}
-
-const READ_BYTES: usize = 256 << 20;
-
-/// Reads `READ_BYTES` of this thread's own memory.
-fn read() {
-    thread_local!(static MEMORY: Vec<u64> = vec![1; READ_BYTES / 8]);
-    MEMORY.with(|memory| {
-        let mut sums = [0_u64; 16];
-        for chunk in memory.as_chunks::<16>().0 {
-            for (sum, x) in sums.iter_mut().zip(chunk) {
-                *sum = sum.wrapping_add(*x);
-            }
-        }
-        black_box(sums);
-    });
-}
-
-/// GOP/s of the byte dot product on registers, all threads together.
-#[cfg(target_arch = "x86_64")]
-fn peak(threads: usize) -> Option<f64> {
-    use std::arch::x86_64::*;
-
-    const STEPS: usize = 2_000_000;
-
-    #[target_feature(enable = "avx512f,avx512vnni")]
-    fn dots() {
-        let codes = black_box(_mm512_set1_epi32(0x0102_0304));
-        let mut sums = [codes; 12];
-        for _ in 0..STEPS {
-            for sum in &mut sums {
-                *sum = _mm512_dpbusd_epi32(*sum, codes, codes);
-            }
-        }
-        black_box(sums);
-    }
-
-    if !is_x86_feature_detected!("avx512vnni") {
-        return None;
-    }
-    // SAFETY: the features were just detected.
-    Some(threads as f64 * best(threads, 5, STEPS * 12 * 128, |_, _| unsafe { dots() }))
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn peak(_: usize) -> Option<f64> {
-    None
 }
 
 /// Random codes; the scales' bits are masked to small finite numbers.

@@ -15,8 +15,8 @@ pub struct CpuConfig {
     /// Instruction set of the kernels; `auto` takes the fastest that the machine has.
     #[config(default = IsaChoice::Auto)]
     pub isa: IsaChoice,
-    /// Precision of the activations that quantized weights are multiplied with; weights stored as floats always
-    /// see f32.
+    /// Precision of the activations that weights are multiplied with. Weights in F32 always see f32; those in F16 and
+    /// BF16 see sixteen bits, and are rounded to integers of thirteen with an exponent for every 32, unless it is `f32`.
     #[config(default = Activations::Auto)]
     pub activations: Activations,
 }

@@ -7,7 +7,7 @@ use setu_core::graph::WeightId;
 use setu_core::{DType, Error, Graph, Result};
 
 use crate::machine;
-use crate::matmul::{PackedMatrix, ROWS, Source, dequantize_row};
+use crate::matmul::{PackedFormat, PackedMatrix, Precision, ROWS, Source, dequantize_row};
 use crate::pool::Pool;
 
 /// Bytes of packed weights that a thread takes on at a time.
@@ -28,6 +28,7 @@ struct Packing {
     weight: WeightId,
     /// Index of the matrix where the weight has several.
     matrix: usize,
+    format: PackedFormat,
     rows: usize,
     cols: usize,
 }
@@ -84,11 +85,13 @@ impl<'a> Weights<'a> {
         Ok(values)
     }
 
-    /// The index of a weight's packed matrix; of the `matrix`-th where its shape has three dimensions.
-    pub fn matrix(&mut self, id: WeightId, matrix: usize) -> usize {
+    /// The index of a weight's matrix, packed for activations of `precision`; of the `matrix`-th where its shape has
+    /// three dimensions.
+    pub fn matrix(&mut self, id: WeightId, matrix: usize, precision: Precision) -> usize {
         let shape = &self.graph.weight(id).shape;
         let (rows, cols) = (shape[shape.len() - 2], shape[shape.len() - 1]);
-        let packing = Packing { weight: id, matrix, rows, cols };
+        let format = PackedFormat::new(self.dtype(id), precision);
+        let packing = Packing { weight: id, matrix, format, rows, cols };
         let known = self.packing.iter().position(|known| *known == packing);
         known.unwrap_or_else(|| {
             self.packing.push(packing);
@@ -129,15 +132,14 @@ impl<'a> Weights<'a> {
         let mut matrices = Vec::with_capacity(self.packing.len());
         let mut parts = Vec::with_capacity(self.packing.len());
         for packing in &self.packing {
-            let dtype = self.dtype(packing.weight);
-            let matrix = PackedMatrix::zeroed(dtype, packing.rows, packing.cols);
+            let matrix = PackedMatrix::zeroed(packing.format, packing.rows, packing.cols);
             matrices.push(matrix.map_err(|error| error.within(name(packing)))?);
             parts.push(self.rows_of(packing));
         }
         let mapped = machine::file_mappings();
         let mut tasks = Vec::new();
         for ((matrix, packing), parts) in matrices.iter_mut().zip(&self.packing).zip(&parts) {
-            let source = Source::new(self.dtype(packing.weight), packing.cols, parts);
+            let source = Source::new(packing.format, packing.cols, parts);
             let source = source.map_err(|error| error.within(name(packing)))?;
             let mut blocks = matrix.blocks_mut().enumerate().peekable();
             while let Some((_, block)) = blocks.peek() {

@@ -28,9 +28,9 @@ pub(super) const TILE: usize = 8;
 pub enum Precision {
     /// Eight bits: 254 steps over the range of 32 values.
     Int8,
-    /// Sixteen bits: 65,534 steps.
+    /// Sixteen bits: 32,766 steps over the range of 32 values.
     Int16,
-    /// As they are. The only one for weights stored as floats.
+    /// As they are.
     F32,
 }
 
@@ -193,7 +193,8 @@ impl Slot {
 
 /// Largest magnitudes.
 const MAX_INT8: f32 = 127.0;
-const MAX_INT16: f32 = 32_767.0;
+/// Twice as large, and sums with [rounded](super::layout::Rounded) weights would overflow.
+pub(super) const MAX_INT16: f32 = 16_383.0;
 /// Units whose values are all smaller count as zero, so that no reciprocal overflows.
 const SMALLEST: f32 = 1e-30;
 

@@ -12,10 +12,16 @@ use setu_core::{DType, Error, Result};
 
 use super::activations::{Activations, Precision, TILE};
 use super::isa::{Isa, Kind};
-use super::layout::{self, Codes, Format, LINE, ROWS, UNIT};
+use super::layout::{self, Codes, Format, LINE, ROWS, Rounded, UNIT, Values};
 use super::mode::{Bytes, Floats, Mode, Words};
-use super::pack::PackedMatrix;
+use super::pack::{PackedFormat, PackedMatrix};
 use super::simd::{Simd, portable::Portable};
+#[cfg(target_arch = "x86_64")]
+use super::simd::{
+    avx2::{Avx2, Avx2Vnni},
+    avx512::Avx512,
+    pair::Pair,
+};
 use crate::memory::prefetch;
 
 /// So much of the activations is gone through with one row block before the next: little enough to be near when they
@@ -29,7 +35,7 @@ const AHEAD: [usize; 2] = [1 << 10, 8 << 10];
 /// The kernel for a format and a precision on an instruction set: chosen once, called for every product.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernel {
-    dtype: DType,
+    format: PackedFormat,
     precision: Precision,
     run: Run,
 }
@@ -72,23 +78,24 @@ impl<'a> Output<'a> {
 }
 
 impl Kernel {
-    /// The kernel for weights of `dtype` times activations of `precision`. Float weights want [`Precision::F32`].
+    /// The kernel for weights of `dtype`, in the [format](PackedFormat::new) for it, times activations of `precision`.
+    /// Weights in F32 want [`Precision::F32`], those in F16 and BF16 that or [`Precision::Int16`].
     pub fn select(isa: Isa, dtype: DType, precision: Precision) -> Result<Kernel> {
         let run = match isa.kind() {
-            Kind::Portable => portable(dtype, precision),
+            Kind::Portable => portable::select(dtype, precision),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2 => x86::avx2(dtype, precision),
+            Kind::Avx2 => avx2::select(dtype, precision),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx2Vnni => x86::avx2_vnni(dtype, precision),
+            Kind::Avx2Vnni => avx2_vnni::select(dtype, precision),
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512 => x86::avx512(dtype, precision),
+            Kind::Avx512 => avx512::select(dtype, precision),
         };
         let run = run.ok_or_else(|| {
             Error::unsupported(format!(
                 "the CPU backend cannot multiply weights in {dtype} with {precision:?} activations"
             ))
         })?;
-        Ok(Kernel { dtype, precision, run })
+        Ok(Kernel { format: PackedFormat::new(dtype, precision), precision, run })
     }
 
     /// Multiplies row blocks `blocks` of `weights` with `tokens` of `activations`; token `t`'s result for row `r`
@@ -108,7 +115,10 @@ impl Kernel {
         blocks: Range<usize>,
         output: Output<'_>,
     ) {
-        assert!(weights.dtype() == self.dtype && activations.precision() == self.precision, "operands of this kernel");
+        assert!(
+            weights.format() == self.format && activations.precision() == self.precision,
+            "operands of this kernel"
+        );
         assert_eq!(weights.cols(), activations.cols(), "columns of weights and activations");
         assert!(activations.holds(&tokens), "tokens of the activations");
         assert!(blocks.start <= blocks.end && blocks.end <= weights.row_blocks(), "row blocks of the weights");
@@ -353,71 +363,69 @@ unsafe fn step<S: Simd, F: Format, M: Mode<F>, const N: usize, const B: usize>(
 
 type Run = unsafe fn(&Call);
 
-/// A function that finds the instance for a format and precision: of `$entry`, or for f32 of `$float`.
-macro_rules! table {
-    ($vis:vis $name:ident, $entry:ident, $float:ident) => {
-        $vis fn $name(dtype: DType, precision: Precision) -> Option<Run> {
-            fn coded<F: Codes>(precision: Precision) -> Run {
-                match precision {
-                    Precision::Int8 => $entry::<F, Bytes>,
-                    Precision::Int16 => $entry::<F, Words>,
-                    Precision::F32 => $float::<F, Floats>,
+/// A module with the kernels of an instruction set. Each precision's are a module of their own, because modules are what
+/// the compiler makes machine code of side by side.
+macro_rules! kernels {
+    ($name:ident: $simd:ty $(, $features:literal $(, floats of $other:ident)?)?) => {
+        mod $name {
+            use super::*;
+
+            kernels!(@precision bytes: $simd $(, $features)?);
+            kernels!(@precision words: $simd $(, $features)?);
+            kernels!(@precision floats: $simd $(, $features $(, of $other)?)?);
+
+            /// The instance for a format and a precision.
+            pub(super) fn select(dtype: DType, precision: Precision) -> Option<Run> {
+                fn coded<F: Codes + Values>(precision: Precision) -> Run {
+                    match precision {
+                        Precision::Int8 => bytes::run::<F, Bytes>,
+                        Precision::Int16 => words::run::<F, Words>,
+                        Precision::F32 => floats::run::<F, Floats>,
+                    }
                 }
+                let float = precision == Precision::F32;
+                Some(match dtype {
+                    DType::F16 | DType::BF16 if precision == Precision::Int16 => words::run::<Rounded, Words>,
+                    DType::F32 if float => floats::run::<layout::F32, Floats>,
+                    DType::F16 if float => floats::run::<layout::F16, Floats>,
+                    DType::BF16 if float => floats::run::<layout::Bf16, Floats>,
+                    DType::Q4_0 => coded::<layout::Q4_0>(precision),
+                    DType::Q4_1 => coded::<layout::Q4_1>(precision),
+                    DType::Q5_0 => coded::<layout::Q5_0>(precision),
+                    DType::Q5_1 => coded::<layout::Q5_1>(precision),
+                    DType::Q8_0 => coded::<layout::Q8_0>(precision),
+                    DType::Q2K => coded::<layout::Q2K>(precision),
+                    DType::Q3K => coded::<layout::Q3K>(precision),
+                    DType::Q4K => coded::<layout::Q4K>(precision),
+                    DType::Q5K => coded::<layout::Q5K>(precision),
+                    DType::Q6K => coded::<layout::Q6K>(precision),
+                    _ => return None,
+                })
             }
-            let float = precision == Precision::F32;
-            Some(match dtype {
-                DType::F32 if float => $float::<layout::F32, Floats>,
-                DType::F16 if float => $float::<layout::F16, Floats>,
-                DType::BF16 if float => $float::<layout::Bf16, Floats>,
-                DType::Q4_0 => coded::<layout::Q4_0>(precision),
-                DType::Q4_1 => coded::<layout::Q4_1>(precision),
-                DType::Q5_0 => coded::<layout::Q5_0>(precision),
-                DType::Q5_1 => coded::<layout::Q5_1>(precision),
-                DType::Q8_0 => coded::<layout::Q8_0>(precision),
-                DType::Q2K => coded::<layout::Q2K>(precision),
-                DType::Q3K => coded::<layout::Q3K>(precision),
-                DType::Q4K => coded::<layout::Q4K>(precision),
-                DType::Q5K => coded::<layout::Q5K>(precision),
-                DType::Q6K => coded::<layout::Q6K>(precision),
-                _ => return None,
-            })
+        }
+    };
+    (@precision $name:ident: $simd:ty, $features:literal, of $other:ident) => {
+        use super::$other::$name;
+    };
+    (@precision $name:ident: $simd:ty $(, $features:literal)?) => {
+        pub(super) mod $name {
+            use super::*;
+
+            /// # Safety
+            /// As for [`super::super::run`].
+            $(#[target_feature(enable = $features)])?
+            pub(in super::super) unsafe fn run<F: Format, M: Mode<F>>(call: &Call) {
+                // SAFETY: as the caller vouches.
+                unsafe { super::super::run::<$simd, F, M>(call) }
+            }
         }
     };
 }
 
-/// # Safety
-/// As for [`run`].
-unsafe fn run_portable<F: Format, M: Mode<F>>(call: &Call) {
-    // SAFETY: as the caller vouches.
-    unsafe { run::<Portable, F, M>(call) }
-}
-
-table!(portable, run_portable, run_portable);
-
+kernels!(portable: Portable);
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::super::simd::avx2::{Avx2, Avx2Vnni};
-    use super::super::simd::avx512::Avx512;
-    use super::super::simd::pair::Pair;
-    use super::*;
-
-    macro_rules! entry {
-        ($name:ident, $simd:ty, $features:literal) => {
-            /// # Safety
-            /// As for [`run`].
-            #[target_feature(enable = $features)]
-            unsafe fn $name<F: Format, M: Mode<F>>(call: &Call) {
-                // SAFETY: as the caller vouches.
-                unsafe { run::<$simd, F, M>(call) }
-            }
-        };
-    }
-
-    entry!(run_avx2, Pair<Avx2>, "avx2,fma,f16c");
-    entry!(run_avx2_vnni, Pair<Avx2Vnni>, "avx2,fma,f16c,avxvnni");
-    entry!(run_avx512, Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");
-
-    table!(pub(super) avx2, run_avx2, run_avx2);
-    table!(pub(super) avx2_vnni, run_avx2_vnni, run_avx2);
-    table!(pub(super) avx512, run_avx512, run_avx512);
-}
+kernels!(avx2: Pair<Avx2>, "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2_vnni: Pair<Avx2Vnni>, "avx2,fma,f16c,avxvnni", floats of avx2);
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512: Avx512, "avx512f,avx512bw,avx512vnni,avx2,fma,f16c");

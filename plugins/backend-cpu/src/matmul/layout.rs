@@ -5,6 +5,7 @@
 //! of the checkpoint's format), a chunk a header and *units* of 32 columns:
 //!
 //! - float formats: the unit's elements, column by column (BF16: pairs of columns as 32-bit words);
+//! - floats of 16 bits [rounded](Rounded) to integers: an exponent a row, then lines of pairs of columns;
 //! - quantized formats: scales, then *lines* of 64 bytes: a 32-bit word for each row with bits of its codes.
 //!   A *quad* is four consecutive columns, a byte each, as the dot-product instructions want them;
 //!   `J` counts the eight quads of a unit.
@@ -36,6 +37,8 @@ pub(super) trait Format {
     const SCALED: bool;
     /// Whether a min is to be added.
     const MIN: bool;
+    /// Zero's code is two to this power; with 0 it is 0.
+    const ZERO_BITS: usize = 0;
 
     /// What a chunk's units share: scale and min.
     unsafe fn header<S: Simd>(chunk: *const u8, lane: usize) -> (S::Float, S::Float);
@@ -45,8 +48,24 @@ pub(super) trait Format {
         unit: *const u8,
         lane: usize,
     ) -> (S::Float, S::Float);
+}
+
+/// A packed format that products with f32 can read.
+///
+/// # Safety
+/// As for [`Format`].
+pub(super) trait Values: Format {
     /// The weights of a quad, before scale and min.
     unsafe fn values<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> [S::Float; 4];
+}
+
+/// A packed format with integers that fit in sixteen bits.
+///
+/// # Safety
+/// As for [`Format`].
+pub(super) trait Halves: Format {
+    /// The integers of a quad: its first and third column, its second and fourth.
+    unsafe fn halves<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> [S::Int; 2];
 }
 
 /// A packed format with integer codes.
@@ -95,6 +114,7 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> F
     const PARTS: usize = PARTS;
     const SCALED: bool = true;
     const MIN: bool = MIN;
+    const ZERO_BITS: usize = if MIN { 0 } else { BITS as usize - 1 };
 
     #[inline(always)]
     unsafe fn header<S: Simd>(chunk: *const u8, lane: usize) -> (S::Float, S::Float) {
@@ -132,7 +152,11 @@ impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> F
             }
         }
     }
+}
 
+impl<const BITS: u32, const MIN: bool, const PARTS: usize, const NESTED: bool> Values
+    for Coded<BITS, MIN, PARTS, NESTED>
+{
     #[inline(always)]
     unsafe fn values<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> [S::Float; 4] {
         // SAFETY: as the caller vouches; the rest is arithmetic.
@@ -209,6 +233,65 @@ unsafe fn shift<S: Simd>(a: S::Int, by: i32) -> S::Int {
             3 => S::shl::<3>(a),
             4 => S::shl::<4>(a),
             _ => a,
+        }
+    }
+}
+
+impl<F: Codes> Halves for F {
+    #[inline(always)]
+    unsafe fn halves<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> [S::Int; 2] {
+        // SAFETY: as the caller vouches; the rest is arithmetic.
+        unsafe {
+            let codes = F::codes::<S, J>(unit, lane);
+            let low = S::splat(0x00ff_00ff);
+            [S::and(codes, low), S::and(S::shr::<8>(codes), low)]
+        }
+    }
+}
+
+/// Floats of 16 bits as integers of [`CODE_BITS`](Rounded::CODE_BITS) bits and a sign, times a power of two for each
+/// row of a unit. BF16, which has eight significant bits, keeps every value that isn't over sixteen times smaller than
+/// the largest of its 32 as it is, and has twice the products an instruction that f32 has.
+pub(super) struct Rounded;
+
+impl Rounded {
+    /// With activations of [up to 16,383](super::activations::MAX_INT16), 32 products add up to less than 2^31.
+    pub(super) const CODE_BITS: u32 = 12;
+}
+
+impl Format for Rounded {
+    const UNITS: usize = 1;
+    const HEADER_BYTES: usize = 0;
+    const UNIT_BYTES: usize = ROWS + UNIT / 2 * LINE;
+    const SCALED: bool = true;
+    const MIN: bool = false;
+
+    #[inline(always)]
+    unsafe fn header<S: Simd>(_chunk: *const u8, _lane: usize) -> (S::Float, S::Float) {
+        // SAFETY: as the caller vouches.
+        unsafe { (S::splat_float(0.0), S::splat_float(0.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn scales<S: Simd, const PART: usize>(
+        header: (S::Float, S::Float),
+        unit: *const u8,
+        lane: usize,
+    ) -> (S::Float, S::Float) {
+        // SAFETY: a unit begins with a byte for each of `ROWS` rows.
+        let exponent = unsafe { S::and(S::load_i8(unit.add(lane)), S::splat(0xff)) };
+        // SAFETY: as the caller vouches.
+        unsafe { (S::as_float(S::shl::<23>(exponent)), header.1) }
+    }
+}
+
+impl Halves for Rounded {
+    #[inline(always)]
+    unsafe fn halves<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> [S::Int; 2] {
+        // SAFETY: two lines for each of a unit's eight quads follow its exponents.
+        unsafe {
+            let at = unit.add(ROWS + 2 * J * LINE + 4 * lane);
+            [S::load(at), S::load(at.add(LINE))]
         }
     }
 }
@@ -291,7 +374,9 @@ impl<T: Element> Format for Float<T> {
     ) -> (S::Float, S::Float) {
         header
     }
+}
 
+impl<T: Element> Values for Float<T> {
     #[inline(always)]
     unsafe fn values<S: Simd, const J: usize>(unit: *const u8, lane: usize) -> [S::Float; 4] {
         // SAFETY: as the caller vouches.

@@ -21,4 +21,4 @@ pub use formats::dequantize_row;
 pub use isa::Isa;
 pub use kernel::{Kernel, Output};
 pub use layout::ROWS;
-pub use pack::{PackedMatrix, Source};
+pub use pack::{PackedFormat, PackedMatrix, Source};

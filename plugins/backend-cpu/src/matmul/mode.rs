@@ -1,7 +1,7 @@
 //! Activations of each precision, and how the products of a quad with them are summed up.
 
 use super::activations::Precision;
-use super::layout::{Codes, Format, UNIT};
+use super::layout::{Codes, Format, Halves, UNIT, Values};
 use super::simd::Simd;
 
 /// What differs between precisions.
@@ -104,7 +104,7 @@ impl<F: Codes> Mode<F> for Bytes {
 /// Activations of sixteen bits.
 pub(super) struct Words;
 
-impl<F: Codes> Mode<F> for Words {
+impl<F: Halves> Mode<F> for Words {
     const PRECISION: Precision = Precision::Int16;
     const VALUE: usize = 2;
     type Dots<S: Simd, const N: usize> = [S::Int; N];
@@ -124,9 +124,7 @@ impl<F: Codes> Mode<F> for Words {
     ) {
         // SAFETY: there are two pairs of sixteen bits for quad `J` of each token, `UNIT` values apart.
         unsafe {
-            let codes = F::codes::<S, J>(unit, lane);
-            let low = S::splat(0x00ff_00ff);
-            let (even, odd) = (S::and(codes, low), S::and(S::shr::<8>(codes), low));
+            let [even, odd] = F::halves::<S, J>(unit, lane);
             for (token, dot) in dots.iter_mut().enumerate() {
                 let pairs = values.add(2 * (token * UNIT + 4 * J)).cast::<i32>();
                 *dot = S::dot_words(*dot, even, pairs.read_unaligned());
@@ -147,7 +145,7 @@ impl<F: Codes> Mode<F> for Words {
 /// # Safety
 /// As for [`Mode::finish`].
 #[inline(always)]
-unsafe fn centred<S: Simd, F: Codes, const N: usize>(
+unsafe fn centred<S: Simd, F: Format, const N: usize>(
     dots: [S::Int; N],
     done: bool,
     part_sums: *const u8,
@@ -155,15 +153,15 @@ unsafe fn centred<S: Simd, F: Codes, const N: usize>(
     // SAFETY: as the caller vouches.
     unsafe {
         std::array::from_fn(|token| {
-            if F::MIN || done {
+            if F::ZERO_BITS == 0 || done {
                 return S::to_float(dots[token]);
             }
             let sum = S::splat(part_sums.cast::<i32>().add(token).read_unaligned());
-            let offset = match F::BITS {
-                3 => S::shl::<2>(sum),
-                4 => S::shl::<3>(sum),
-                5 => S::shl::<4>(sum),
-                6 => S::shl::<5>(sum),
+            let offset = match F::ZERO_BITS {
+                2 => S::shl::<2>(sum),
+                3 => S::shl::<3>(sum),
+                4 => S::shl::<4>(sum),
+                5 => S::shl::<5>(sum),
                 _ => S::shl::<7>(sum),
             };
             S::to_float(S::add(dots[token], offset))
@@ -174,7 +172,7 @@ unsafe fn centred<S: Simd, F: Codes, const N: usize>(
 /// Activations in f32; codes are turned into floats on the way.
 pub(super) struct Floats;
 
-impl<F: Format> Mode<F> for Floats {
+impl<F: Values> Mode<F> for Floats {
     const PRECISION: Precision = Precision::F32;
     const VALUE: usize = 4;
     const RARE: bool = F::SCALED;

@@ -5,16 +5,54 @@
 
 use std::slice::ChunksExactMut;
 
+use half::{bf16, f16};
 use setu_core::{DType, Error, Result};
 
+use super::activations::Precision;
 use super::formats::{Block, Coding, coding};
-use super::layout::{self, LINE, ROWS, UNIT};
+use super::layout::{self, Format, LINE, ROWS, Rounded, UNIT};
 use crate::memory::{self, Region};
+
+/// What a matrix is packed as: its format in the checkpoint or, for floats of 16 bits in products of integers, integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedFormat {
+    dtype: DType,
+    rounded: bool,
+}
+
+impl PackedFormat {
+    /// For weights of `dtype` that are multiplied with activations of `precision`.
+    pub fn new(dtype: DType, precision: Precision) -> PackedFormat {
+        let halves = matches!(dtype, DType::F16 | DType::BF16);
+        PackedFormat { dtype, rounded: halves && precision != Precision::F32 }
+    }
+
+    /// Bytes and columns of a chunk.
+    fn chunk(self) -> Result<(usize, usize)> {
+        Ok(match self.dtype {
+            _ if self.rounded => layout::chunk::<Rounded>(),
+            DType::F32 => layout::chunk::<layout::F32>(),
+            DType::F16 => layout::chunk::<layout::F16>(),
+            DType::BF16 => layout::chunk::<layout::Bf16>(),
+            DType::Q4_0 => layout::chunk::<layout::Q4_0>(),
+            DType::Q4_1 => layout::chunk::<layout::Q4_1>(),
+            DType::Q5_0 => layout::chunk::<layout::Q5_0>(),
+            DType::Q5_1 => layout::chunk::<layout::Q5_1>(),
+            DType::Q8_0 => layout::chunk::<layout::Q8_0>(),
+            DType::Q2K => layout::chunk::<layout::Q2K>(),
+            DType::Q3K => layout::chunk::<layout::Q3K>(),
+            DType::Q4K => layout::chunk::<layout::Q4K>(),
+            DType::Q5K => layout::chunk::<layout::Q5K>(),
+            DType::Q6K => layout::chunk::<layout::Q6K>(),
+            other => return Err(unknown(other)),
+        })
+    }
+}
 
 /// A weight matrix `[rows, cols]` in row blocks; rows beyond the last are zero.
 #[derive(Debug)]
 pub struct PackedMatrix {
-    dtype: DType,
+    format: PackedFormat,
     rows: usize,
     cols: usize,
     block_bytes: usize,
@@ -23,9 +61,9 @@ pub struct PackedMatrix {
 
 impl PackedMatrix {
     /// Packs a matrix whose rows come in `parts`, one after the other: query, key and value weights, say.
-    pub fn pack(dtype: DType, cols: usize, parts: &[&[u8]]) -> Result<PackedMatrix> {
-        let source = Source::new(dtype, cols, parts)?;
-        let mut matrix = PackedMatrix::zeroed(dtype, source.rows, cols)?;
+    pub fn pack(format: PackedFormat, cols: usize, parts: &[&[u8]]) -> Result<PackedMatrix> {
+        let source = Source::new(format, cols, parts)?;
+        let mut matrix = PackedMatrix::zeroed(format, source.rows, cols)?;
         for (index, block) in matrix.blocks_mut().enumerate() {
             source.pack_block(index, block)?;
         }
@@ -33,19 +71,19 @@ impl PackedMatrix {
     }
 
     /// Room for a matrix, to be filled by [`Source::pack_block`].
-    pub fn zeroed(dtype: DType, rows: usize, cols: usize) -> Result<PackedMatrix> {
-        let (chunk_bytes, chunk_cols) = chunk(dtype)?;
-        row_bytes(dtype, cols)?;
-        let too_large = || Error::invalid(format!("a weight of {rows} × {cols} in {dtype} is too large"));
+    pub fn zeroed(format: PackedFormat, rows: usize, cols: usize) -> Result<PackedMatrix> {
+        let (chunk_bytes, chunk_cols) = format.chunk()?;
+        row_bytes(format.dtype, cols)?;
+        let too_large = || Error::invalid(format!("a weight of {rows} × {cols} in {} is too large", format.dtype));
         let block_bytes = cols.div_ceil(chunk_cols).checked_mul(chunk_bytes).ok_or_else(too_large)?;
         let bytes = block_bytes.checked_mul(rows.div_ceil(ROWS)).ok_or_else(too_large)?;
         let bytes = Region::zeroed(bytes, "packed weights")?;
         bytes.prefer_huge_pages();
-        Ok(PackedMatrix { dtype, rows, cols, block_bytes, bytes })
+        Ok(PackedMatrix { format, rows, cols, block_bytes, bytes })
     }
 
-    pub fn dtype(&self) -> DType {
-        self.dtype
+    pub fn format(&self) -> PackedFormat {
+        self.format
     }
 
     pub fn rows(&self) -> usize {
@@ -94,7 +132,7 @@ impl PackedMatrix {
 /// Rows as they lie in a checkpoint, possibly in several places.
 #[derive(Clone, Copy, Debug)]
 pub struct Source<'a> {
-    dtype: DType,
+    format: PackedFormat,
     cols: usize,
     row_bytes: usize,
     rows: usize,
@@ -103,16 +141,17 @@ pub struct Source<'a> {
 
 impl<'a> Source<'a> {
     /// Each of `parts` must be a whole number of rows of `cols` elements.
-    pub fn new(dtype: DType, cols: usize, parts: &'a [&'a [u8]]) -> Result<Source<'a>> {
-        let row_bytes = row_bytes(dtype, cols)?;
+    pub fn new(format: PackedFormat, cols: usize, parts: &'a [&'a [u8]]) -> Result<Source<'a>> {
+        let row_bytes = row_bytes(format.dtype, cols)?;
         if let Some(part) = parts.iter().find(|part| part.len() % row_bytes != 0) {
             return Err(Error::invalid(format!(
-                "{} bytes are no whole number of rows of {cols} columns in {dtype} ({row_bytes} bytes each)",
-                part.len()
+                "{} bytes are no whole number of rows of {cols} columns in {} ({row_bytes} bytes each)",
+                part.len(),
+                format.dtype
             )));
         }
         let rows = parts.iter().map(|part| part.len() / row_bytes).sum();
-        Ok(Source { dtype, cols, row_bytes, rows, parts })
+        Ok(Source { format, cols, row_bytes, rows, parts })
     }
 
     pub fn rows(&self) -> usize {
@@ -121,13 +160,24 @@ impl<'a> Source<'a> {
 
     /// Fills row block `index` of a matrix of this format and shape.
     pub fn pack_block(&self, index: usize, block: &mut [u8]) -> Result<()> {
-        let (chunk_bytes, chunk_cols) = chunk(self.dtype)?;
+        let (chunk_bytes, chunk_cols) = self.format.chunk()?;
         if block.len() != self.cols.div_ceil(chunk_cols) * chunk_bytes || index >= self.rows.div_ceil(ROWS) {
-            return Err(Error::internal(format!("row block {index} is not one of this matrix in {}", self.dtype)));
+            return Err(Error::internal(format!(
+                "row block {index} is not one of this matrix in {}",
+                self.format.dtype
+            )));
         }
         let first = index * ROWS;
         let rows = (first..self.rows.min(first + ROWS)).filter_map(|row| self.row(row)).enumerate();
-        match self.dtype {
+        match self.format.dtype {
+            DType::BF16 if self.format.rounded => {
+                rows.for_each(|(lane, row)| {
+                    pack_rounded(row, |bytes| bf16::from_le_bytes(bytes).to_f32(), lane, block)
+                });
+            }
+            DType::F16 if self.format.rounded => {
+                rows.for_each(|(lane, row)| pack_rounded(row, |bytes| f16::from_le_bytes(bytes).to_f32(), lane, block));
+            }
             DType::F32 => rows.for_each(|(lane, row)| pack_words(row.as_chunks::<4>().0, lane, block)),
             DType::BF16 => rows.for_each(|(lane, row)| pack_pairs(row, lane, block)),
             DType::F16 => rows.for_each(|(lane, row)| pack_halves(row.as_chunks::<2>().0, lane, block)),
@@ -161,26 +211,6 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Bytes and columns of a chunk.
-fn chunk(dtype: DType) -> Result<(usize, usize)> {
-    Ok(match dtype {
-        DType::F32 => layout::chunk::<layout::F32>(),
-        DType::F16 => layout::chunk::<layout::F16>(),
-        DType::BF16 => layout::chunk::<layout::Bf16>(),
-        DType::Q4_0 => layout::chunk::<layout::Q4_0>(),
-        DType::Q4_1 => layout::chunk::<layout::Q4_1>(),
-        DType::Q5_0 => layout::chunk::<layout::Q5_0>(),
-        DType::Q5_1 => layout::chunk::<layout::Q5_1>(),
-        DType::Q8_0 => layout::chunk::<layout::Q8_0>(),
-        DType::Q2K => layout::chunk::<layout::Q2K>(),
-        DType::Q3K => layout::chunk::<layout::Q3K>(),
-        DType::Q4K => layout::chunk::<layout::Q4K>(),
-        DType::Q5K => layout::chunk::<layout::Q5K>(),
-        DType::Q6K => layout::chunk::<layout::Q6K>(),
-        other => return Err(unknown(other)),
-    })
-}
-
 fn row_bytes(dtype: DType, cols: usize) -> Result<usize> {
     dtype.size_of(&[cols]).filter(|&bytes| bytes > 0).ok_or_else(|| {
         let elements = dtype.block_len();
@@ -209,6 +239,41 @@ fn pack_pairs(row: &[u8], lane: usize, block: &mut [u8]) {
 fn pack_halves(row: &[[u8; 2]], lane: usize, block: &mut [u8]) {
     for (line, half) in block.as_chunks_mut::<{ LINE / 2 }>().0.iter_mut().zip(row) {
         line[2 * lane..2 * lane + 2].copy_from_slice(half);
+    }
+}
+
+/// Elements as integers; those of a unit with infinity or NaN are zero times infinity.
+fn pack_rounded(row: &[u8], read: impl Fn([u8; 2]) -> f32, lane: usize, block: &mut [u8]) {
+    const INFINITE: u32 = 0xff;
+    let elements = row.as_chunks::<2>().0;
+    for (unit, elements) in block.chunks_exact_mut(Rounded::UNIT_BYTES).zip(elements.chunks(UNIT)) {
+        let mut values = [0.0_f32; UNIT];
+        for (value, bytes) in values.iter_mut().zip(elements) {
+            *value = read(*bytes);
+        }
+        let largest = values.iter().fold(0, |largest, value| largest.max(value.to_bits() & !(1 << 31)));
+        let exponent = match largest >> 23 {
+            INFINITE => INFINITE,
+            exponent => exponent.saturating_sub(Rounded::CODE_BITS - 1),
+        };
+        // The smallest ones would need a subnormal scale: they count as zero.
+        let inverse = if (1..INFINITE).contains(&exponent) { f32::from_bits((254 - exponent) << 23) } else { 0.0 };
+        let (exponents, lines) = unit.split_at_mut(ROWS);
+        exponents[lane] = exponent as u8;
+        if inverse == 0.0 {
+            continue;
+        }
+        let mut codes = [0_i16; UNIT];
+        for (code, value) in codes.iter_mut().zip(values) {
+            // Adding 1.5 × 2^23 leaves the integer, rounded to nearest, in the low bits.
+            *code = (value * inverse + 12_582_912.0).to_bits() as i16;
+        }
+        for (pair, codes) in lines.as_chunks_mut::<{ 2 * LINE }>().0.iter_mut().zip(codes.as_chunks::<4>().0) {
+            for (i, [a, b]) in [[codes[0], codes[2]], [codes[1], codes[3]]].into_iter().enumerate() {
+                let word = u32::from(a as u16) | u32::from(b as u16) << 16;
+                pair[i * LINE + 4 * lane..][..4].copy_from_slice(&word.to_le_bytes());
+            }
+        }
     }
 }
 

@@ -94,7 +94,7 @@ impl Case {
         for token in 0..tokens {
             let prepared = activations.dequantize(token);
             for row in 0..rows {
-                let (sum, size) = self.exact(row, &prepared);
+                let (sum, size) = self.exact(precision, row, &prepared);
                 let error = (f64::from(out[token * rows + row]) - sum).abs();
                 // Sums of codes before the zero point or min is taken off can be larger than the terms.
                 let largest = prepared.iter().fold(0.0_f32, |a, x| a.max(x.abs()));
@@ -104,8 +104,8 @@ impl Case {
         }
     }
 
-    fn pack(&self) -> PackedMatrix {
-        PackedMatrix::pack(self.dtype, self.cols, &[&self.raw]).unwrap()
+    fn pack(&self, precision: Precision) -> PackedMatrix {
+        PackedMatrix::pack(PackedFormat::new(self.dtype, precision), self.cols, &[&self.raw]).unwrap()
     }
 
     fn activations(&self, isa: Isa, precision: Precision) -> Activations {
@@ -117,13 +117,16 @@ impl Case {
     fn run(&self, isa: Isa, precision: Precision) -> Vec<f32> {
         let kernel = Kernel::select(isa, self.dtype, precision).unwrap();
         let mut out = vec![f32::NAN; self.tokens * self.rows];
-        kernel.multiply(&self.pack(), &self.activations(isa, precision), 0..self.tokens, &mut out);
+        kernel.multiply(&self.pack(precision), &self.activations(isa, precision), 0..self.tokens, &mut out);
         out
     }
 
     /// The f64 sum for `x`, one token's activations, and the sum of the terms' magnitudes.
-    fn exact(&self, row: usize, x: &[f32]) -> (f64, f64) {
-        let weights = &self.weights[row * self.cols..(row + 1) * self.cols];
+    fn exact(&self, precision: Precision, row: usize, x: &[f32]) -> (f64, f64) {
+        let mut weights = self.weights[row * self.cols..(row + 1) * self.cols].to_vec();
+        if self.dtype.is_float() && precision == Precision::Int16 {
+            weights.chunks_mut(32).for_each(round);
+        }
         weights.iter().zip(x).fold((0.0, 0.0), |(sum, size), (&w, &x)| {
             let term = f64::from(w) * f64::from(x);
             (sum + term, size + term.abs())
@@ -131,11 +134,21 @@ impl Case {
     }
 }
 
+/// Rounds weights to multiples of the power of two that the largest is just under 4,096 times as large as.
+fn round(unit: &mut [f32]) {
+    let largest = unit.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
+    let step = (largest.log2().floor() - 11.0).exp2();
+    unit.iter_mut().filter(|_| largest > 0.0).for_each(|x| *x = (*x / step).round_ties_even() * step);
+}
+
 /// Formats with the precisions that they can be multiplied with.
 fn kernels() -> impl Iterator<Item = (DType, Precision)> {
     DType::ALL.into_iter().flat_map(|dtype| {
-        let precisions: &[Precision] =
-            if dtype.is_float() { &[Precision::F32] } else { &[Precision::Int8, Precision::Int16, Precision::F32] };
+        let precisions: &[Precision] = match dtype {
+            DType::F32 => &[Precision::F32],
+            DType::F16 | DType::BF16 => &[Precision::Int16, Precision::F32],
+            _ => &[Precision::Int8, Precision::Int16, Precision::F32],
+        };
         precisions.iter().map(move |&precision| (dtype, precision))
     })
 }
@@ -174,13 +187,35 @@ fn the_largest_sums_are_exact() {
     }
 }
 
+/// As large as integers of floats can be, in sums of one sign and of both; and weights at both ends of what BF16 holds.
+#[test]
+fn floats_become_integers_that_fit() {
+    let (rows, cols, tokens) = (16, 64, 2);
+    let x: Vec<f32> = (0..tokens * cols).map(|at| if at >= cols && at % 2 == 1 { -1.0 } else { 1.0 }).collect();
+    for (dtype, largest) in
+        [(DType::BF16, 0x3fff_u16), (DType::F16, 0x3fff), (DType::BF16, 0x5f7f), (DType::BF16, 0x1f7f)]
+    {
+        for sign in [0, 1 << 15] {
+            let raw: Vec<u8> = (0..rows * cols).flat_map(|_| (largest | sign).to_le_bytes()).collect();
+            let case = Case::of(dtype, [rows, cols, tokens], raw, x.clone());
+            Isa::available().into_iter().for_each(|isa| case.check(isa, Precision::Int16));
+        }
+    }
+    // Too small for a scale that is no subnormal number.
+    let tiny: Vec<u8> = (0..rows * cols).flat_map(|_| 0x0420_u16.to_le_bytes()).collect();
+    let case = Case::of(DType::BF16, [rows, cols, tokens], tiny, x);
+    for isa in Isa::available() {
+        assert!(case.run(isa, Precision::Int16).iter().all(|y| *y == 0.0), "{isa}");
+    }
+}
+
 #[test]
 fn activations_keep_their_precision() {
     let mut random = Random(2);
     let x: Vec<f32> = (0..3 * 96).map(|_| random.activation()).collect();
     for isa in Isa::available() {
         for (precision, steps) in
-            [(Precision::Int8, 127.0), (Precision::Int16, 32767.0), (Precision::F32, f32::INFINITY)]
+            [(Precision::Int8, 127.0), (Precision::Int16, 16383.0), (Precision::F32, f32::INFINITY)]
         {
             let mut activations = Activations::new(precision, 3, 96).unwrap();
             activations.quantize(isa, 0, &x);
@@ -204,7 +239,7 @@ fn splits_change_no_bit() {
             let cols = if dtype.is_float() { 70 } else { 2 * dtype.block_len() };
             let case = Case::new(&mut random, dtype, 53, cols, 37);
             let whole = case.run(isa, precision);
-            let (weights, activations) = (case.pack(), case.activations(isa, precision));
+            let (weights, activations) = (case.pack(precision), case.activations(isa, precision));
             let kernel = Kernel::select(isa, dtype, precision).unwrap();
             for (token_step, block_step) in [(1, 4), (2, 1), (3, 3), (5, 2), (8, 4), (13, 1), (37, 1)] {
                 let mut out = vec![f32::NAN; whole.len()];
@@ -259,7 +294,7 @@ fn parts_of_a_matrix_are_stacked() {
     let case = Case::new(&mut random, DType::Q4_1, 40, 64, 2);
     let row_bytes = case.raw.len() / 40;
     let parts = [&case.raw[..3 * row_bytes], &case.raw[3 * row_bytes..20 * row_bytes], &case.raw[20 * row_bytes..]];
-    let stacked = PackedMatrix::pack(DType::Q4_1, 64, &parts).unwrap();
+    let stacked = PackedMatrix::pack(PackedFormat::new(DType::Q4_1, Precision::Int8), 64, &parts).unwrap();
     let kernel = Kernel::select(Isa::best(), DType::Q4_1, Precision::Int8).unwrap();
     let mut out = vec![0.0; 80];
     kernel.multiply(&stacked, &case.activations(Isa::best(), Precision::Int8), 0..2, &mut out);
@@ -300,17 +335,20 @@ fn misfits_are_refused() {
         (DType::F32, 0, 0, "rows of 0 columns"),
     ];
     for (dtype, cols, bytes, message) in refused {
-        let error = PackedMatrix::pack(dtype, cols, &[&vec![0; bytes]]).unwrap_err();
+        let format = PackedFormat::new(dtype, Precision::F32);
+        let error = PackedMatrix::pack(format, cols, &[&vec![0; bytes]]).unwrap_err();
         assert!(error.message().contains(message), "{error}");
     }
     let error = dequantize_row(DType::Q8_0, &[0; 33], &mut [0.0; 32]).unwrap_err();
     assert!(error.message().contains("cannot be 33 bytes long"), "{error}");
-    for precision in [Precision::Int8, Precision::Int16] {
-        assert!(Kernel::select(Isa::best(), DType::BF16, precision).is_err());
+    for (dtype, precision) in
+        [(DType::BF16, Precision::Int8), (DType::F32, Precision::Int8), (DType::F32, Precision::Int16)]
+    {
+        assert!(Kernel::select(Isa::best(), dtype, precision).is_err());
     }
     assert!(Isa::named("mmx").unwrap_err().message().contains("portable"));
-    assert!(PackedMatrix::zeroed(DType::F32, usize::MAX, 64).is_err());
-    assert!(PackedMatrix::zeroed(DType::Q4K, 16, 128).is_err());
+    assert!(PackedMatrix::zeroed(PackedFormat::new(DType::F32, Precision::F32), usize::MAX, 64).is_err());
+    assert!(PackedMatrix::zeroed(PackedFormat::new(DType::Q4K, Precision::Int8), 16, 128).is_err());
 }
 
 #[test]

@@ -381,8 +381,9 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
     fn part(&mut self, node: &Node, weight: WeightId, bias: Option<WeightId>) -> Result<Part> {
         let cols = self.graph.weight(weight).shape[1];
         let (kernel, activation) = self.kernel(weight, cols, self.suits_int8(node))?;
+        let precision = self.activations[activation].1;
         Ok(Part {
-            matrix: self.weights.matrix(weight, 0),
+            matrix: self.weights.matrix(weight, 0, precision),
             kernel,
             activation,
             bias: bias.map(|bias| self.weights.vector(bias)).transpose()?,
@@ -394,9 +395,10 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
     fn kernel(&mut self, weight: WeightId, cols: usize, suits_int8: bool) -> Result<(Kernel, usize)> {
         let dtype: DType = self.weights.dtype(weight);
         let precision = match self.options.precision {
-            _ if dtype.is_float() => Precision::F32,
+            _ if dtype == DType::F32 => Precision::F32,
+            Some(Precision::Int8) if dtype.is_float() => Precision::Int16,
             Some(precision) => precision,
-            None if suits_int8 => Precision::Int8,
+            None if suits_int8 && !dtype.is_float() => Precision::Int8,
             None => Precision::Int16,
         };
         let kernel = Kernel::select(self.options.isa, dtype, precision)?;
@@ -490,8 +492,10 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
             _ => count,
         };
         self.experts_per_row = self.experts_per_row.max(per_row);
-        let matrices = (0..count).map(|expert| [gate, up, down].map(|weight| self.weights.matrix(weight, expert)));
-        let matrices = matrices.collect();
+        let weights = [(gate, gate_input), (up, up_input), (down, down_input)];
+        let mut matrix =
+            |expert, (weight, input): (_, usize)| self.weights.matrix(weight, expert, self.activations[input].1);
+        let matrices = (0..count).map(|expert| weights.map(|weight| matrix(expert, weight))).collect();
         Ok(Experts {
             input,
             routing,
