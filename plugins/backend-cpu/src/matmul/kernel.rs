@@ -253,7 +253,7 @@ unsafe fn product<S: Simd, F: Format, M: Mode<F>, const N: usize, const B: usize
                     if N >= S::CROWDED {
                         black_box(&mut *sums);
                     }
-                    if cold && (N > 1 || (S::ASKS_AHEAD && F::SCALED)) {
+                    if cold && (N > 1 || (S::ASKS_AHEAD && F::UNIT_BYTES < 2 * UNIT * ROWS)) {
                         for line in 0..F::UNIT_BYTES.div_ceil(LINE) {
                             prefetch(unit.0.wrapping_add(AHEAD[usize::from(N > 1)] + line * LINE));
                         }

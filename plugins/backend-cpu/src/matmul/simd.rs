@@ -22,7 +22,7 @@ pub(super) trait Simd: Copy {
     /// From how many tokens on their sums are kept in memory while a unit's products are added up, or the compiler
     /// keeps the codes there.
     const CROWDED: usize;
-    /// Whether codes are to be asked for in advance even where one token meets them.
+    /// Whether weights of less than sixteen bits are to be asked for in advance even where one token meets them.
     const ASKS_AHEAD: bool;
     /// `LANES` integers of 32 bits.
     type Int: Copy;
