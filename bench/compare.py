@@ -300,47 +300,63 @@ def without_paths(text):
     return re.sub(r"(?<![\w.:/])/(?:[^\s/:'\"`]+/)+", "", str(text))
 
 
+def measure(args, engines, model, results):
+    """Adds the figures of all rounds to `results`, and why there are none."""
+    for number in range(args.rounds):
+        for group in args.only:
+            # Whoever comes first finds the machine as the other left it, so they take turns.
+            for engine in engines if number % 2 == 0 else engines[::-1]:
+                lines = GROUPS[group]
+                entries = [results[line][engine.name] for line in lines]
+                if any("fails" in entry or "skipped" in entry for entry in entries):
+                    continue
+                try:
+                    figures = engine.measure(group, model)
+                except Skipped as error:
+                    for entry in entries:
+                        entry["skipped"] = str(error)
+                    continue
+                except (Fails, ValueError, KeyError, IndexError) as error:
+                    reason = str(error) if isinstance(error, Fails) else f"{type(error).__name__}: {error}"
+                    for entry in entries:
+                        entry["fails"] = without_paths(reason)
+                    continue
+                for line, entry in zip(lines, entries):
+                    entry["rounds"].append(figures[line])
+                print(f"{Path(model).name}, round {number + 1}: {group} of {engine.name}", file=sys.stderr)
+
+
+def summarize(results):
+    """Adds medians, and ratios of the rounds in which both were measured."""
+    for line, of in results.items():
+        more = next(group[line][2] for group in GROUPS.values() if line in group)
+        for name, entry in of.items():
+            if entry["rounds"]:
+                entry["median"] = statistics.median(entry["rounds"])
+            pairs = list(zip(of["setu"]["rounds"], entry["rounds"]))
+            if name != "setu" and pairs:
+                ratios = [(ours / theirs if more else theirs / ours) for ours, theirs in pairs]
+                entry["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
 def compare(args):
     engines = [Setu(args), LlamaCpp(args)] if args.llama_bench else [Setu(args)]
     if args.mistralrs:
         engines.append(PythonPeer(args, "mistral.rs", args.mistralrs, "peer_mistralrs.py"))
     if args.vllm:
         engines.append(PythonPeer(args, "vLLM", args.vllm, "peer_vllm.py", args.vllm_model))
-    models = []
+    models, stopped = [], False
     for model in args.model:
         results = {line: {engine.name: {"rounds": []} for engine in engines} for group in args.only for line in GROUPS[group]}
-        for number in range(args.rounds):
-            for group in args.only:
-                # Whoever comes first finds the machine as the other left it, so they take turns.
-                for engine in engines if number % 2 == 0 else engines[::-1]:
-                    lines = GROUPS[group]
-                    entries = [results[line][engine.name] for line in lines]
-                    if any("fails" in entry or "skipped" in entry for entry in entries):
-                        continue
-                    try:
-                        figures = engine.measure(group, model)
-                    except Skipped as error:
-                        for entry in entries:
-                            entry["skipped"] = str(error)
-                        continue
-                    except (Fails, ValueError, KeyError, IndexError) as error:
-                        reason = str(error) if isinstance(error, Fails) else f"{type(error).__name__}: {error}"
-                        for entry in entries:
-                            entry["fails"] = without_paths(reason)
-                        continue
-                    for line, entry in zip(lines, entries):
-                        entry["rounds"].append(figures[line])
-                    print(f"{Path(model).name}, round {number + 1}: {group} of {engine.name}", file=sys.stderr)
-        for line, of in results.items():
-            more = next(group[line][2] for group in GROUPS.values() if line in group)
-            for name, entry in of.items():
-                if entry["rounds"]:
-                    entry["median"] = statistics.median(entry["rounds"])
-                pairs = list(zip(of["setu"]["rounds"], entry["rounds"]))
-                if name != "setu" and pairs:
-                    ratios = [(ours / theirs if more else theirs / ours) for ours, theirs in pairs]
-                    entry["ratio"] = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        try:
+            measure(args, engines, model, results)
+        except KeyboardInterrupt:
+            stopped = True
+            print("stopped: what was measured so far follows", file=sys.stderr)
+        summarize(results)
         models.append({"model": Path(model).name, "bytes": Path(model).stat().st_size, "lines": results})
+        if stopped:
+            break
     versions = {}
     for engine in engines:
         try:
@@ -427,6 +443,7 @@ def arguments():
 
 def main():
     args = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = compare(args)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
