@@ -16,7 +16,11 @@ DECODE = 128
 
 def main():
     path, rounds = sys.argv[1], int(sys.argv[2])
-    model = LLM(model=path, enable_prefix_caching=False, max_model_len=1024, max_num_seqs=1, disable_log_stats=True)
+    # Its default wants nearly all of the memory to be free.
+    memory = {"gpu_memory_utilization": 0.5}
+    model = LLM(
+        model=path, enable_prefix_caching=False, max_model_len=1024, max_num_seqs=1, disable_log_stats=True, **memory
+    )
     vocabulary = len(model.get_tokenizer())
     source = random.Random(1)
 
