@@ -21,9 +21,10 @@ pub(super) const TILE: usize = 8;
 /// How activations enter the products.
 ///
 /// On SmolLM2-135M in Q4_1, `Int8` for all inputs moves the log-probabilities of the reference's best tokens by
-/// 0.094 on average and perplexity by 0.44 %, `Int16` by 0.001. Most of it comes from the inputs of q, k and v and of
-/// the head: with `Int16` for these it is 0.060 and 0.13 %, and with `Int16` for down's too 0.048. One token's
-/// product costs the same with either, reading weights being slower; that of many takes 1.8 times as long with `Int16`.
+/// 0.094 on average and perplexity by 0.44 %, `Int16` with twice its steps by 0.001. Most of it comes from the inputs of
+/// q, k and v and of the head: with `Int16` for these it is 0.060 and 0.13 %, and with `Int16` for down's too some 0.05.
+/// One token's product costs the same with either, reading weights being slower; that of many takes 1.8 times as long
+/// with `Int16`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// Eight bits: 254 steps over the range of 32 values.

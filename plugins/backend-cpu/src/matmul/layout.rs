@@ -40,8 +40,12 @@ pub(super) trait Format {
     /// Zero's code is two to this power; with 0 it is 0.
     const ZERO_BITS: usize = 0;
 
-    /// What a chunk's units share: scale and min.
-    unsafe fn header<S: Simd>(chunk: *const u8, lane: usize) -> (S::Float, S::Float);
+    /// What a chunk's units share, scale and min; zeros where they share nothing.
+    #[inline(always)]
+    unsafe fn header<S: Simd>(_chunk: *const u8, _lane: usize) -> (S::Float, S::Float) {
+        // SAFETY: as the caller vouches.
+        unsafe { (S::splat_float(0.0), S::splat_float(0.0)) }
+    }
     /// Scale and min of a part.
     unsafe fn scales<S: Simd, const PART: usize>(
         header: (S::Float, S::Float),
@@ -267,21 +271,16 @@ impl Format for Rounded {
     const MIN: bool = false;
 
     #[inline(always)]
-    unsafe fn header<S: Simd>(_chunk: *const u8, _lane: usize) -> (S::Float, S::Float) {
-        // SAFETY: as the caller vouches.
-        unsafe { (S::splat_float(0.0), S::splat_float(0.0)) }
-    }
-
-    #[inline(always)]
     unsafe fn scales<S: Simd, const PART: usize>(
         header: (S::Float, S::Float),
         unit: *const u8,
         lane: usize,
     ) -> (S::Float, S::Float) {
         // SAFETY: a unit begins with a byte for each of `ROWS` rows.
-        let exponent = unsafe { S::and(S::load_i8(unit.add(lane)), S::splat(0xff)) };
-        // SAFETY: as the caller vouches.
-        unsafe { (S::as_float(S::shl::<23>(exponent)), header.1) }
+        unsafe {
+            let exponent = S::and(S::load_i8(unit.add(lane)), S::splat(0xff));
+            (S::as_float(S::shl::<23>(exponent)), header.1)
+        }
     }
 }
 
@@ -359,12 +358,6 @@ impl<T: Element> Format for Float<T> {
     const UNIT_BYTES: usize = UNIT * ROWS * size_of::<T>();
     const SCALED: bool = false;
     const MIN: bool = false;
-
-    #[inline(always)]
-    unsafe fn header<S: Simd>(_chunk: *const u8, _lane: usize) -> (S::Float, S::Float) {
-        // SAFETY: as the caller vouches.
-        unsafe { (S::splat_float(1.0), S::splat_float(0.0)) }
-    }
 
     #[inline(always)]
     unsafe fn scales<S: Simd, const PART: usize>(
