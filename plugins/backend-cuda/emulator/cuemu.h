@@ -144,6 +144,15 @@ template <class T> static inline T atomicAdd(T *place, T value) {
 }
 template <class T> static inline T __ldcg(const T *place) { return *place; }
 static inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+// Bytes of two words, the second one's from 4 on, chosen by a digit each.
+static inline unsigned __byte_perm(unsigned first, unsigned second, unsigned digits) {
+    uint64_t bytes = first | static_cast<uint64_t>(second) << 32;
+    unsigned chosen = 0;
+    for (int i = 0; i < 4; i++) {
+        chosen |= static_cast<unsigned>(bytes >> (digits >> 4 * i & 7) * 8 & 255) << 8 * i;
+    }
+    return chosen;
+}
 static inline unsigned __float_as_uint(float value) {
     unsigned bits;
     memcpy(&bits, &value, sizeof bits);

@@ -34,22 +34,22 @@
 #define FORMAT BF16
 #include "formats.inc"
 #define FORMAT Q4_0
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q4_1
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q5_0
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q5_1
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q8_0
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q2_K
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q3_K
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q4_K
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q5_K
-#include "formats.inc"
+#include "quantized.inc"
 #define FORMAT Q6_K
-#include "formats.inc"
+#include "quantized.inc"

@@ -9,13 +9,26 @@
 // Elements in sixteen bytes.
 __device__ __forceinline__ constexpr int piece_elements(Format element) { return element == F32 ? 4 : 8; }
 
+template <Format TYPE> __device__ __forceinline__ u32 element_bits(float value) {
+    return TYPE == F32 ? __float_as_uint(value) : TYPE == F16 ? f16_of_float(value) : bf16_of_float(value);
+}
+
 template <Format TYPE> __device__ __forceinline__ void store_element(u8 *row, size_t at, float value) {
     if constexpr (TYPE == F32) {
         reinterpret_cast<float *>(row)[at] = value;
-    } else if constexpr (TYPE == F16) {
-        reinterpret_cast<u16 *>(row)[at] = f16_of_float(value);
     } else {
-        reinterpret_cast<u16 *>(row)[at] = bf16_of_float(value);
+        reinterpret_cast<u16 *>(row)[at] = static_cast<u16>(element_bits<TYPE>(value));
+    }
+}
+
+// Four elements, from one on whose number is a multiple of four.
+template <Format TYPE> __device__ __forceinline__ void store_four(u8 *row, size_t at, float4 values) {
+    if constexpr (TYPE == F32) {
+        *reinterpret_cast<float4 *>(row + 4 * at) = values;
+    } else {
+        uint2 words = {element_bits<TYPE>(values.x) | element_bits<TYPE>(values.y) << 16,
+                       element_bits<TYPE>(values.z) | element_bits<TYPE>(values.w) << 16};
+        *reinterpret_cast<uint2 *>(row + 2 * at) = words;
     }
 }
 
@@ -30,43 +43,92 @@ template <Format TYPE> __device__ __forceinline__ void load_piece(const u8 *piec
 #endif
 
 // Writes a token's keys and values into its cell: page × page_tokens + place in the page. With `angles` the first
-// `2 × pairs` columns of each head of Q and K are turned on the way, as in rope.cu. Blocks in y are heads: of Q, which
-// goes to `q_turned`, then of K and of V.
+// `2 × pairs` columns of each head of Q and K are turned on the way, as in rope.cu. Blocks in x are tokens, in y shares of
+// the heads: of Q, which go to `q_turned`, then of K and of V. A thread takes the same columns of several heads, four if
+// all lies in fours.
 #define NAME JOIN(kv_write, ELEMENT)
-KERNEL_OF(512, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k, int k_stride,
-          const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,
-          int pairs, int interleaved) {
+DENSE_KERNEL_OF(256, 5, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k, int k_stride,
+                const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,
+                int pairs, int interleaved) {
     wait_for_launches_before();
     constexpr int piece = piece_elements(ELEMENT);
     size_t token = blockIdx.x;
     u32 cell = cells[token];
     int place = cell % pages.page_tokens;
     u8 *page = pages.start + cell / pages.page_tokens * pages.page_bytes;
-    int head = blockIdx.y;
+    u8 *keys = page + pages.k_at, *values = page + pages.v_at;
     const float *turns = angles + token * 2 * pairs;
-    if (head < q_heads) {
-        const float *from = q + token * q_stride + static_cast<size_t>(head) * pages.k_dim;
-        float *to = q_turned + token * q_turned_stride + static_cast<size_t>(head) * pages.k_dim;
-        for (int dim = threadIdx.x; dim < pages.k_dim; dim += blockDim.x) {
-            to[dim] = turned(from, dim, turns, pairs, interleaved);
-        }
+    q += token * q_stride, k += token * k_stride, v += token * v_stride, q_turned += token * q_turned_stride;
+    u64 starts = reinterpret_cast<u64>(q) | reinterpret_cast<u64>(k) | reinterpret_cast<u64>(v);
+    bool aligned = ((starts | reinterpret_cast<u64>(q_turned)) & 15) == 0;
+    int columns = aligned && ((pages.k_dim | pages.v_dim | pairs) & 3) == 0 ? 4 : 1;
+
+    int all = max(pages.k_padded, pages.v_dim) / columns, width = min(all, static_cast<int>(blockDim.x));
+    int slots = blockDim.x / width, slot = threadIdx.x / width, stride = gridDim.y * slots;
+    if (slot >= slots) {
         return;
     }
-    head -= q_heads;
-    if (head < pages.heads) {
-        const float *from = k + token * k_stride + static_cast<size_t>(head) * pages.k_dim;
-        for (int dim = threadIdx.x; dim < pages.k_padded; dim += blockDim.x) {
-            size_t of_head = static_cast<size_t>(head) * (pages.k_padded / piece) + dim / piece;
-            float value = dim < pages.k_dim ? turned(from, dim, turns, pairs, interleaved) : 0.0f;
-            store_element<ELEMENT>(page + pages.k_at, (of_head * pages.page_tokens + place) * piece + dim % piece, value);
+    auto key_at = [&](int head, int dim) {
+        size_t of_head = static_cast<size_t>(head) * (pages.k_padded / piece) + dim / piece;
+        return (of_head * pages.page_tokens + place) * piece + dim % piece;
+    };
+    auto value_at = [&](int head, int dim) {
+        return (static_cast<size_t>(head) * pages.page_tokens + place) * pages.v_dim + dim;
+    };
+    for (int dim = threadIdx.x % width * columns; dim < all * columns; dim += width * columns) {
+        int index = blockIdx.y * slots + slot;
+        bool in_head = dim < pages.k_dim;
+        if (columns == 4) {
+            FourTurns four(dim, turns, pairs, interleaved);
+            for (; index + stride < q_heads; index += 2 * stride) {
+                int at = index * pages.k_dim, next = at + stride * pages.k_dim;
+                if (in_head) {
+                    // Both are asked for before either is written.
+                    float4 first = four.turned(q + at, dim), second = four.turned(q + next, dim);
+                    *reinterpret_cast<float4 *>(q_turned + at + dim) = first;
+                    *reinterpret_cast<float4 *>(q_turned + next + dim) = second;
+                }
+            }
+            for (; index < q_heads; index += stride) {
+                int at = index * pages.k_dim;
+                if (in_head) {
+                    *reinterpret_cast<float4 *>(q_turned + at + dim) = four.turned(q + at, dim);
+                }
+            }
+            for (index -= q_heads; index < pages.heads; index += stride) {
+                float4 key = {0.0f, 0.0f, 0.0f, 0.0f};
+                if (in_head) {
+                    key = four.turned(k + index * pages.k_dim, dim);
+                }
+                if (dim < pages.k_padded) {
+                    store_four<ELEMENT>(keys, key_at(index, dim), key);
+                }
+            }
+            for (index -= pages.heads; index < pages.heads; index += stride) {
+                if (dim < pages.v_dim) {
+                    float4 value = *reinterpret_cast<const float4 *>(v + index * pages.v_dim + dim);
+                    store_four<ELEMENT>(values, value_at(index, dim), value);
+                }
+            }
+            continue;
         }
-        return;
-    }
-    head -= pages.heads;
-    const float *from = v + token * v_stride + static_cast<size_t>(head) * pages.v_dim;
-    for (int dim = threadIdx.x; dim < pages.v_dim; dim += blockDim.x) {
-        size_t at = (static_cast<size_t>(head) * pages.page_tokens + place) * pages.v_dim + dim;
-        store_element<ELEMENT>(page + pages.v_at, at, from[dim]);
+        for (; index < q_heads; index += stride) {
+            int at = index * pages.k_dim;
+            if (in_head) {
+                q_turned[at + dim] = turned(q + at, dim, turns, pairs, interleaved);
+            }
+        }
+        for (index -= q_heads; index < pages.heads; index += stride) {
+            float key = in_head ? turned(k + index * pages.k_dim, dim, turns, pairs, interleaved) : 0.0f;
+            if (dim < pages.k_padded) {
+                store_element<ELEMENT>(keys, key_at(index, dim), key);
+            }
+        }
+        for (index -= pages.heads; index < pages.heads; index += stride) {
+            if (dim < pages.v_dim) {
+                store_element<ELEMENT>(values, value_at(index, dim), v[index * pages.v_dim + dim]);
+            }
+        }
     }
 }
 #undef NAME

@@ -96,3 +96,24 @@ struct Paging {
     __device__ __forceinline__ int page(int position) const { return position >> bits; }
     __device__ __forceinline__ int place(int position) const { return position & ((1 << bits) - 1); }
 };
+
+// Where piece `piece` of row `row` lies in a tile with rows of HEAD halves: eight rows lie in different banks.
+template <int HEAD> __device__ __forceinline__ int head_piece(int row, int piece) {
+    return row * HEAD + (piece ^ (row & 7)) * 8;
+}
+
+// Eight columns of a query from `dim` on, 0 where none is left of the head's.
+__device__ __forceinline__ void load_query(const float *head, int dim, int dims, bool exists, float (&columns)[8]) {
+    int left = exists ? dims - dim : 0;
+    if (dims % 4 == 0) {
+        float4 none = {0.0f, 0.0f, 0.0f, 0.0f};
+        float4 first = left > 0 ? *reinterpret_cast<const float4 *>(head + dim) : none;
+        float4 second = left > 4 ? *reinterpret_cast<const float4 *>(head + dim + 4) : none;
+        columns[0] = first.x, columns[1] = first.y, columns[2] = first.z, columns[3] = first.w;
+        columns[4] = second.x, columns[5] = second.y, columns[6] = second.z, columns[7] = second.w;
+    } else {
+        for (int i = 0; i < 8; i++) {
+            columns[i] = i < left ? head[dim + i] : 0.0f;
+        }
+    }
+}

@@ -1,8 +1,12 @@
-// Products of very many rows with weights in halves on Hopper: as those of hopper.cuh, with nothing but products left for their threads to do.
+// Products of many rows with weights in halves on Hopper: as those of hopper.cuh, with nothing but products left for their threads to do.
 //
 // One thread asks for tiles and the tensor memory accelerator copies them. What limits large tiles is how fast they come
 // from the second-level cache; so two blocks, a cluster, take the same tokens and different outputs, and each fetches half
 // of the tokens for both. With two matrices the upper half of a tile's outputs are the second's.
+//
+// A cluster stays for the whole product and takes tile after tile: the next one is on its way while results are written.
+// Tiles that are left over when all clusters have had as many are shared out evenly by columns, so that all end together
+// ("Stream-K", Osama et al., 2023).
 #pragma once
 
 #include "formats.cuh"
@@ -10,23 +14,185 @@
 #include "tma.cuh"
 #include "wgmma.cuh"
 
-// TOKENS × OUTPUTS for a block, a warpgroup for every 64 outputs, and one more warp that copies.
-template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile : WarpgroupTile<TOKENS, OUTPUTS> {
-    static constexpr int stages = STAGES, cluster = CLUSTER, threads = 2 * OUTPUTS;
+// TOKENS × OUTPUTS for a block, a warpgroup for every 64 outputs, and one more of which a thread copies.
+template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile {
+    static constexpr int tokens = TOKENS, outputs = OUTPUTS, stages = STAGES, cluster = CLUSTER;
+    // Those that multiply.
+    static constexpr int threads = 2 * OUTPUTS;
     static constexpr int columns = 64, row_bytes = 2 * columns;
     static constexpr int stage_bytes = (TOKENS + OUTPUTS) * row_bytes;
-    static constexpr bool takes_turns = false;
 
     // Waits for all threads that multiply.
     static __device__ __forceinline__ void wait() { asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory"); }
 
-    static_assert(stage_bytes * STAGES >= 4 * TOKENS * OUTPUTS, "the sums fit into the stages");
+    // Tokens whose results pass through shared memory at a time.
+    struct Part : WarpgroupTile<TOKENS < 64 ? TOKENS : 64, OUTPUTS> {
+        static constexpr bool takes_turns = false;
+    };
+
     static_assert(stage_bytes % 1024 == 0 && TOKENS / CLUSTER % 8 == 0 && OUTPUTS % 64 == 0, "tiles begin where they may");
 };
 
-typedef BulkTile<256, 128, 4, 2> Bulk;
+typedef BulkTile<16, 128, 9, 2> Bulk16;
+typedef BulkTile<64, 128, 7, 2> Bulk64;
+typedef BulkTile<128, 128, 6, 2> Bulk128;
+typedef BulkTile<256, 128, 4, 2> Bulk256;
 
-// Blocks in x are tiles of tokens, in y of outputs, whole clusters of them; in z those that share a tile.
+// Fewest stages of a shared tile that are worth a cluster of its own.
+constexpr int LEAST_STAGES = 4;
+
+// A cluster's work: whole tiles, every `clusters`-th, and then its part of the stages of those that are left.
+template <class TILE> struct Work {
+    int stages, across, cluster, clusters, whole, begin, end;
+    // Clusters that share the stages of the tiles that are left, and how many these are.
+    int sharing;
+    u32 left;
+
+    __device__ __forceinline__ explicit Work(const Product &product)
+        : stages((product.cols + TILE::columns - 1) / TILE::columns), across((product.tokens + TILE::tokens - 1) / TILE::tokens),
+          cluster(blockIdx.x / TILE::cluster), clusters(gridDim.x / TILE::cluster) {
+        int outputs = TILE::cluster * outputs_of(product);
+        int tiles = across * ((product.outs + outputs - 1) / outputs);
+        whole = tiles / clusters;
+        left = static_cast<u32>(tiles - whole * clusters) * stages;
+        sharing = min(clusters, max(static_cast<int>(left) / LEAST_STAGES, 1));
+        begin = bound(min(cluster, sharing)), end = bound(min(cluster + 1, sharing));
+    }
+
+    // Outputs of a block, of each matrix.
+    static __device__ __forceinline__ int outputs_of(const Product &product) {
+        return product.second ? TILE::outputs / 2 : TILE::outputs;
+    }
+
+    // Where the part of a cluster begins.
+    __device__ __forceinline__ int bound(int cluster) const {
+        return static_cast<int>(static_cast<u64>(left) * cluster / sharing);
+    }
+
+    // The cluster whose part a stage is in.
+    __device__ __forceinline__ int owner(u32 stage) const {
+        return static_cast<int>((static_cast<u64>(stage + 1) * sharing - 1) / left);
+    }
+
+    __device__ __forceinline__ int count() const { return whole * stages + end - begin; }
+
+    // The tile and the stage in it that stage `at` of this cluster is.
+    __device__ __forceinline__ int2 locate(int at) const {
+        if (at < whole * stages) {
+            return {cluster + at / stages * clusters, at % stages};
+        }
+        int shared = begin + at - whole * stages;
+        return {whole * clusters + shared / stages, shared % stages};
+    }
+
+    __device__ __forceinline__ int first_row(int tile) const { return tile % across * TILE::tokens; }
+    __device__ __forceinline__ int first_out(const Product &product, int tile) const {
+        return (tile / across * TILE::cluster + static_cast<int>(rank_in_cluster())) * outputs_of(product);
+    }
+};
+
+// Brings stage after stage to shared memory, as many ahead as there is room for: what one thread does.
+template <class TILE> struct Copier {
+    static constexpr int part = TILE::tokens / TILE::cluster;
+
+    const Product &product;
+    const Work<TILE> &work;
+    const TensorMap &tokens, &weights, &second;
+    u8 *stages;
+    Barrier *full, *empty;
+
+    __device__ __forceinline__ void copy_weights(int at) const {
+        Barrier &barrier = full[at % TILE::stages];
+        u8 *to = stages + at % TILE::stages * TILE::stage_bytes + TILE::tokens * TILE::row_bytes;
+        int2 place = work.locate(at);
+        int first_out = work.first_out(product, place.x), column = place.y * TILE::columns;
+        barrier.expect(TILE::stage_bytes);
+        copy_box(to, weights, first_out, column, barrier);
+        if (product.second) {
+            copy_box(to + TILE::outputs / 2 * TILE::row_bytes, second, first_out, column, barrier);
+        }
+    }
+
+    __device__ __forceinline__ void copy_tokens(int at) const {
+        int begin = rank_in_cluster() * part;
+        u8 *to = stages + at % TILE::stages * TILE::stage_bytes + begin * TILE::row_bytes;
+        int2 place = work.locate(at);
+        copy_box_to((1 << TILE::cluster) - 1, to, tokens, work.first_row(place.x) + begin, place.y * TILE::columns,
+                    full[at % TILE::stages]);
+    }
+
+    // Weights depend on no launch and on no other block.
+    __device__ __forceinline__ void begin() const {
+        for (int at = 0; at < min(work.count(), TILE::stages); at++) {
+            copy_weights(at);
+        }
+    }
+
+    // Tokens are what the launch before this computes.
+    __device__ __forceinline__ void go_on() const {
+        int count = work.count(), ahead = min(count, TILE::stages);
+        for (int at = 0; at < ahead; at++) {
+            copy_tokens(at);
+        }
+        for (int at = ahead; at < count; at++) {
+            empty[at % TILE::stages].wait((at / TILE::stages & 1) ^ 1);
+            copy_weights(at);
+            copy_tokens(at);
+        }
+    }
+};
+
+// What a thread that multiplies sums over the stages from `at` on, `count` of one tile.
+template <Half HALF, class TILE>
+__device__ __forceinline__ void multiply_stages(int at, int count, const u8 *stages, Barrier *full, Barrier *empty,
+                                                float (&sums)[TILE::tokens / 8][4]) {
+    int group = threadIdx.x / 128;
+    auto release = [&](int at) {
+        if (threadIdx.x % 128 < TILE::cluster) {
+            empty[at % TILE::stages].arrive_at(threadIdx.x % 128);
+        }
+    };
+    for (int end = at + count; at < end; at++, count--) {
+        full[at % TILE::stages].wait(at / TILE::stages & 1);
+        const u8 *stage = stages + at % TILE::stages * TILE::stage_bytes;
+        u64 left = matrix_descriptor(stage + (TILE::tokens + 64 * group) * TILE::row_bytes);
+        u64 right = matrix_descriptor(stage);
+        begin_products();
+#pragma unroll
+        for (int depth = 0; depth < TILE::columns / 16; depth++) {
+            multiply_tiles<HALF, TILE::tokens>(sums, left + depth * NEXT_COLUMNS, right + depth * NEXT_COLUMNS);
+        }
+        commit_products();
+        // The stage before this has been read.
+        wait_for_products<1>();
+        if (at > 0) {
+            release(at - 1);
+        }
+    }
+    wait_for_products<0>();
+}
+
+// Takes in the results of a tile, some tokens at a time.
+template <class TILE>
+__device__ __forceinline__ void store_results(const Product &product, int first_row, int first_out,
+                                              const float (&sums)[TILE::tokens / 8][4], float *results) {
+    typedef typename TILE::Part Part;
+    constexpr int sums_of_part = Part::tokens / 8;
+#pragma unroll 1
+    for (int part = 0; part < TILE::tokens / Part::tokens && first_row + part * Part::tokens < product.tokens; part++) {
+        TILE::wait();
+#pragma unroll
+        for (int i = 0; i < TILE::tokens / Part::tokens; i++) {
+            if (i == part) {
+                Part::leave_sums(reinterpret_cast<const float(&)[sums_of_part][4]>(sums[i * sums_of_part]), results);
+            }
+        }
+        TILE::wait();
+        store_tile<Part>(product, {0, product.tokens}, first_row + part * Part::tokens, first_out, results);
+    }
+}
+
+// Blocks in x are clusters.
 template <Half HALF, class TILE>
 __device__ __forceinline__ void bulk_matmul(const Product &product, const TensorMap &tokens, const TensorMap &weights,
                                             const TensorMap &second) {
@@ -34,89 +200,52 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
     __shared__ Barrier full[TILE::stages], empty[TILE::stages];
     // Tiles begin at multiples of 1024 bytes, at the same place in all blocks.
     u8 *stages = shared + (-shared_address(shared) & 1023);
-    int first_row = blockIdx.x * TILE::tokens;
-    int first_out = blockIdx.y * (product.second ? TILE::outputs / 2 : TILE::outputs);
-    int all = (product.cols + TILE::columns - 1) / TILE::columns;
-    int first = static_cast<int>(static_cast<u64>(all) * blockIdx.z / gridDim.z);
-    int count = static_cast<int>(static_cast<u64>(all) * (blockIdx.z + 1) / gridDim.z) - first;
-    if (threadIdx.x == 0) {
+    float *results = reinterpret_cast<float *>(stages + TILE::stages * TILE::stage_bytes);
+    Work<TILE> work(product);
+    Copier<TILE> copier = {product, work, tokens, weights, second, stages, full, empty};
+    bool copies = threadIdx.x == TILE::threads;
+    if (copies) {
         for (int stage = 0; stage < TILE::stages; stage++) {
             full[stage].init(1);
             // A thread of each warpgroup of all blocks.
             empty[stage].init(TILE::cluster * TILE::threads / 128);
         }
         Barrier::show();
+        copier.begin();
     }
+    __syncwarp();
     wait_for_cluster();
     if (threadIdx.x >= TILE::threads) {
-        if (threadIdx.x == TILE::threads) {
-            int part = TILE::tokens / TILE::cluster, begin = rank_in_cluster() * part;
-            auto place = [&](int stage) { return stages + stage % TILE::stages * TILE::stage_bytes; };
-            auto copy_weights = [&](int stage) {
-                Barrier &barrier = full[stage % TILE::stages];
-                u8 *to = place(stage) + TILE::tokens * TILE::row_bytes;
-                int column = (first + stage) * TILE::columns;
-                barrier.expect(TILE::stage_bytes);
-                copy_box(to, weights, first_out, column, barrier);
-                if (product.second) {
-                    copy_box(to + TILE::outputs / 2 * TILE::row_bytes, second, first_out, column, barrier);
-                }
-            };
-            auto copy_tokens = [&](int stage) {
-                Barrier &barrier = full[stage % TILE::stages];
-                u8 *to = place(stage) + begin * TILE::row_bytes;
-                int column = (first + stage) * TILE::columns;
-                copy_box_to((1 << TILE::cluster) - 1, to, tokens, first_row + begin, column, barrier);
-            };
-            int ahead = min(count, TILE::stages);
-            for (int stage = 0; stage < ahead; stage++) {
-                copy_weights(stage);
-            }
-            // Tokens are what the launch before this computes.
+        take_fewer_registers<40>();
+        if (copies) {
             wait_for_launches_before();
-            for (int stage = 0; stage < ahead; stage++) {
-                copy_tokens(stage);
-            }
-            for (int stage = ahead; stage < count; stage++) {
-                empty[stage % TILE::stages].wait((stage / TILE::stages & 1) ^ 1);
-                copy_weights(stage);
-                copy_tokens(stage);
-            }
+            copier.go_on();
         }
         __syncwarp();
     } else {
+        take_more_registers<232>();
         wait_for_launches_before();
-        auto release = [&](int stage) {
-            if (threadIdx.x % 128 < TILE::cluster) {
-                empty[stage % TILE::stages].arrive_at(threadIdx.x % 128);
+        int count = work.count(), rank = rank_in_cluster();
+        for (int at = 0; at < count;) {
+            int2 place = work.locate(at);
+            int tile = place.x, here = min(work.stages - place.y, count - at);
+            float sums[1][TILE::tokens / 8][4] = {};
+            multiply_stages<HALF, TILE>(at, here, stages, full, empty, sums[0]);
+            at += here;
+            if (here < work.stages) {
+                int number = tile - work.whole * work.clusters;
+                int first = work.owner(number * work.stages), last = work.owner((number + 1) * work.stages - 1);
+                // A cluster has parts of two such tiles at most: the end of one, and the beginning of another.
+                auto sums_of = [&](int part) {
+                    size_t block = ((first + part) * 2 + (part == 0)) * TILE::cluster + rank;
+                    return product.partials + block * (TILE::tokens * TILE::outputs);
+                };
+                if (!gather_sums<TILE>(sums, last - first + 1, work.cluster - first, sums_of,
+                                       product.arrived + number * TILE::cluster + rank)) {
+                    continue;
+                }
             }
-        };
-        float sums[1][TILE::tokens / 8][4] = {};
-        int group = threadIdx.x / 128;
-        for (int stage = 0; stage < count; stage++) {
-            full[stage % TILE::stages].wait(stage / TILE::stages & 1);
-            u8 *tile = stages + stage % TILE::stages * TILE::stage_bytes;
-            u64 left = matrix_descriptor(tile + (TILE::tokens + 64 * group) * TILE::row_bytes);
-            u64 right = matrix_descriptor(tile);
-            begin_products();
-#pragma unroll
-            for (int depth = 0; depth < TILE::columns / 16; depth++) {
-                multiply_tiles<HALF, TILE::tokens>(sums[0], left + depth * NEXT_COLUMNS, right + depth * NEXT_COLUMNS);
-            }
-            commit_products();
-            // The stage before this has been read.
-            wait_for_products<1>();
-            if (stage > 0) {
-                release(stage - 1);
-            }
-        }
-        wait_for_products<0>();
-        if (gridDim.z == 1 || gather_sums<TILE>(product, sums)) {
-            TILE::wait();
-            float *tile = reinterpret_cast<float *>(stages);
-            TILE::leave_sums(sums[0], tile);
-            TILE::wait();
-            store_tile<TILE>(product, {0, product.tokens}, first_row, first_out, tile);
+            store_results<TILE>(product, work.first_row(tile), work.first_out(product, tile), sums[0], results);
         }
     }
     // None leaves while another may still arrive at its barriers.

@@ -30,7 +30,59 @@ __device__ __forceinline__ u64 bytes_at(const u8 *bytes) {
 // The same from an address that is a multiple of eight: where blocks are.
 __device__ __forceinline__ u64 aligned_bytes_at(const u8 *bytes) { return *reinterpret_cast<const u64 *>(bytes); }
 
-__device__ __forceinline__ u32 byte_of(u64 bytes, int index) { return static_cast<u32>(bytes >> 8 * index) & 255; }
+// A whole number below 2²³ less another, exactly. The instruction that converts integers is much slower than these two.
+__device__ __forceinline__ float number_of(u32 code, int zero) {
+    return __uint_as_float(code | 0x4b000000) - static_cast<float>(8388608 + zero);
+}
+
+// The same of byte `index` of a word.
+__device__ __forceinline__ float byte_number(u32 word, int index, int zero) {
+    return __uint_as_float(__byte_perm(word, 0x4b000000, 0x7540 | index)) - static_cast<float>(8388608 + zero);
+}
+
+// Whether elements have something added to the product of scale and code, and what is subtracted from a code.
+__device__ __forceinline__ constexpr bool has_minimum(Format format) {
+    return format == Q4_1 || format == Q5_1 || format == Q2_K || format == Q4_K || format == Q5_K;
+}
+
+__device__ __forceinline__ constexpr int zero_of(Format format) {
+    return format == Q4_0   ? 8
+           : format == Q5_0 ? 16
+           : format == Q8_0 ? 128
+           : format == Q3_K ? 4
+           : format == Q6_K ? 32
+                            : 0;
+}
+
+// Codes of four neighbouring elements, a byte each, the first of which is `in_block` of its block: of their bytes, and of
+// what else of them there is. In Q5_0 and Q5_1 that is a bit for each, in other formats again four bytes.
+template <Format TYPE> __device__ __forceinline__ u32 codes_of(u32 low, u32 high, int in_block) {
+    if constexpr (TYPE == Q4_0 || TYPE == Q4_1) {
+        return low >> in_block / 16 * 4 & 0x0f0f0f0f;
+    } else if constexpr (TYPE == Q5_0 || TYPE == Q5_1) {
+        // Bit i times the product's bit 7 × i is bit 4 of byte i; no two products meet.
+        return (low >> in_block / 16 * 4 & 0x0f0f0f0f) | ((high & 15) * 0x02040810 & 0x10101010);
+    } else if constexpr (TYPE == Q8_0) {
+        return low ^ 0x80808080;
+    } else if constexpr (TYPE == Q2_K) {
+        return low >> in_block % 128 / 32 * 2 & 0x03030303;
+    } else if constexpr (TYPE == Q3_K) {
+        return (low >> in_block % 128 / 32 * 2 & 0x03030303) | (high >> in_block / 32 & 0x01010101) << 2;
+    } else if constexpr (TYPE == Q4_K) {
+        return low >> in_block % 64 / 32 * 4 & 0x0f0f0f0f;
+    } else if constexpr (TYPE == Q5_K) {
+        return (low >> in_block % 64 / 32 * 4 & 0x0f0f0f0f) | (high >> in_block / 32 & 0x01010101) << 4;
+    } else {
+        int quarter = in_block % 128 / 32;
+        return (low >> quarter / 2 * 4 & 0x0f0f0f0f) | (high >> quarter * 2 & 0x03030303) << 4;
+    }
+}
+
+// Six-bit numbers in Q4_K and Q5_K, a byte each: those of the upper sub-blocks have their lower four bits in `top`, and the
+// others in what `low` has above the numbers of the lower ones.
+__device__ __forceinline__ u32 six_bits(u32 low, u32 top, bool upper) {
+    return upper ? (top & 0x0f0f0f0f) | (low >> 2 & 0x30303030) : low & 0x3f3f3f3f;
+}
 
 // Eight elements of a quantized row as they lie in memory: what has to be loaded, before anything is computed with it,
 // so that loads can run ahead. What a format doesn't have is never read.
@@ -70,9 +122,8 @@ template <Format TYPE, bool WHOLE_HEADERS> __device__ __forceinline__ Raw fetch_
         raw.low = bytes_at(block + 32 + in_block / 128 * 32 + in_block % 32);
         raw.high = bytes_at(block + in_block % 32);
     } else if constexpr (TYPE == Q4_K || TYPE == Q5_K) {
-        // Six-bit scales and minima of eight sub-blocks lie in twelve bytes: those of the upper four in pieces. Blocks
-        // are multiples of sixteen bytes.
-        int sub = in_block / 32, shift = sub % 4 * 8;
+        // Blocks are multiples of sixteen bytes.
+        u32 sub = in_block / 32, byte = sub % 4;
         uint4 header = {};
         if constexpr (WHOLE_HEADERS) {
             header = *reinterpret_cast<const uint4 *>(block);
@@ -80,9 +131,8 @@ template <Format TYPE, bool WHOLE_HEADERS> __device__ __forceinline__ Raw fetch_
             const u32 *words = reinterpret_cast<const u32 *>(block);
             header = {words[0], words[1], words[2], sub < 4 ? 0 : words[3]};
         }
-        u32 first = (sub < 4 ? header.y : header.w) >> shift & 255;
         raw.scales = header.x;
-        raw.small = first | (header.y >> shift & 255) << 8 | (header.z >> shift & 255) << 16;
+        raw.small = __byte_perm(__byte_perm(header.y, header.z, byte * 0x11 | 0x40), header.w, byte * 0x1100 | 0x4410);
         raw.low = aligned_bytes_at(block + (TYPE == Q4_K ? 16 : 48) + in_block / 64 * 32 + in_block % 32);
         raw.high = TYPE == Q5_K ? aligned_bytes_at(block + 16 + in_block % 32) : 0;
     } else {
@@ -98,54 +148,35 @@ template <Format TYPE, bool WHOLE_HEADERS> __device__ __forceinline__ Raw fetch_
 template <Format TYPE> __device__ __forceinline__ void decode_quantized(const Raw &raw, int at, float *values) {
     int in_block = at % block_elements(TYPE);
     float scale = float_of_f16(static_cast<u16>(raw.scales)), minimum = 0.0f;
-    // Codes in eight bytes, and what is subtracted of them.
-    u64 codes = raw.low;
-    int zero = 0;
-    if constexpr (TYPE == Q4_0 || TYPE == Q4_1 || TYPE == Q5_0 || TYPE == Q5_1) {
-        constexpr bool has_minimum = TYPE == Q4_1 || TYPE == Q5_1;
-        constexpr bool has_fifth = TYPE == Q5_0 || TYPE == Q5_1;
-        minimum = has_minimum ? float_of_f16(static_cast<u16>(raw.scales >> 16)) : 0.0f;
-        zero = has_minimum ? 0 : has_fifth ? 16 : 8;
-        codes = codes >> (in_block / 16 * 4) & 0x0f0f0f0f0f0f0f0full;
-        if constexpr (has_fifth) {
-            u64 high = raw.small >> in_block % 16 & 255;
-            // A copy of the bits in each byte, of which byte i keeps bit i, which the sum moves to the top.
-            u64 spread = (high * 0x0101010101010101ull) & 0x8040201008040201ull;
-            codes |= ((spread + 0x7f7f7f7f7f7f7f7full) & 0x8080808080808080ull) >> 3;
-        }
-    } else if constexpr (TYPE == Q8_0) {
-        codes ^= 0x8080808080808080ull;
-        zero = 128;
+    if constexpr (has_minimum(TYPE)) {
+        minimum = float_of_f16(static_cast<u16>(raw.scales >> 16));
+    }
+    u32 high[2] = {static_cast<u32>(raw.high), static_cast<u32>(raw.high >> 32)};
+    if constexpr (TYPE == Q5_0 || TYPE == Q5_1) {
+        high[0] = raw.small >> in_block % 16, high[1] = high[0] >> 4;
     } else if constexpr (TYPE == Q2_K) {
-        scale = scale * (raw.small & 15);
-        minimum = -(float_of_f16(static_cast<u16>(raw.scales >> 16)) * (raw.small >> 4));
-        codes = codes >> (in_block % 128 / 32 * 2) & 0x0303030303030303ull;
+        scale = scale * number_of(raw.small & 15, 0);
+        minimum = -(minimum * number_of(raw.small >> 4, 0));
     } else if constexpr (TYPE == Q3_K) {
         int sub = in_block / 16;
-        int low = raw.small >> (sub / 8 * 4) & 15, high = raw.small >> (8 + sub / 4 * 2) & 3;
-        scale = scale * ((low | high << 4) - 32);
-        zero = 4;
-        codes = (codes >> (in_block % 128 / 32 * 2) & 0x0303030303030303ull) |
-                (raw.high >> in_block / 32 & 0x0101010101010101ull) << 2;
+        u32 low = raw.small >> sub / 8 * 4 & 15, top = raw.small >> (8 + sub / 4 * 2) & 3;
+        scale = scale * number_of(low | top << 4, 32);
     } else if constexpr (TYPE == Q4_K || TYPE == Q5_K) {
-        bool upper = in_block / 32 >= 4;
-        u32 first = raw.small & 255, second = raw.small >> 8 & 255, third = raw.small >> 16;
-        scale = scale * static_cast<float>(upper ? (first & 15) | second >> 6 << 4 : first & 63);
-        float least = static_cast<float>(upper ? first >> 4 | third >> 6 << 4 : third & 63);
-        minimum = -(float_of_f16(static_cast<u16>(raw.scales >> 16)) * least);
-        codes = codes >> (in_block % 64 / 32 * 4) & 0x0f0f0f0f0f0f0f0full;
-        if constexpr (TYPE == Q5_K) {
-            codes |= (raw.high >> in_block / 32 & 0x0101010101010101ull) << 4;
-        }
-    } else {
-        int quarter = in_block % 128 / 32;
-        scale = scale * static_cast<signed char>(raw.small);
-        zero = 32;
-        codes = (codes >> (quarter / 2 * 4) & 0x0f0f0f0f0f0f0f0full) |
-                (raw.high >> (quarter * 2) & 0x0303030303030303ull) << 4;
+        // The scale, and the minimum above it.
+        u32 top = (raw.small >> 16 & 0x0f) | (raw.small >> 12 & 0x0f00);
+        u32 both = six_bits(raw.small, top, in_block / 32 >= 4);
+        scale = scale * byte_number(both, 0, 0);
+        minimum = -(minimum * byte_number(both, 1, 0));
+    } else if constexpr (TYPE == Q6_K) {
+        scale = scale * number_of(raw.small ^ 128, 128);
     }
+    u32 codes[2] = {codes_of<TYPE>(static_cast<u32>(raw.low), high[0], in_block),
+                    codes_of<TYPE>(static_cast<u32>(raw.low >> 32), high[1], in_block)};
+#pragma unroll
     for (int i = 0; i < 8; i++) {
-        values[i] = scale * static_cast<float>(static_cast<int>(byte_of(codes, i)) - zero) + minimum;
+        float code = byte_number(codes[i / 4], i % 4, zero_of(TYPE));
+        // With a minimum the product is exact: it has no more bits than a float has.
+        values[i] = has_minimum(TYPE) ? fmaf(scale, code, minimum) : scale * code;
     }
 }
 

@@ -30,7 +30,7 @@ template <int TOKENS, int OUTPUTS, int STAGES> struct HopperTile : WarpgroupTile
     static_assert(token_pieces > 0 && TOKENS * ROW_PIECES % threads == 0, "all threads bring as many pieces");
 };
 
-typedef HopperTile<16, 64, 6> Slim;
+typedef HopperTile<16, 64, 5> Slim;
 typedef HopperTile<64, 128, 4> Small;
 typedef HopperTile<128, 128, 6> Even;
 typedef HopperTile<256, 128, 4> Large;

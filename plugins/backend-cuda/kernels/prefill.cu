@@ -18,11 +18,6 @@ constexpr int TILE_QUERIES = 64;
 constexpr int PREFILL_THREADS = TILE_QUERIES / 16 * 32;
 constexpr int KEYS = 64;
 
-// Where piece `piece` of row `row` lies in a tile with rows of HEAD halves: eight rows lie in different banks.
-template <int HEAD> __device__ __forceinline__ int head_piece(int row, int piece) {
-    return row * HEAD + (piece ^ (row & 7)) * 8;
-}
-
 // Where a row's keys and values are.
 struct Context {
     Pages pages;
@@ -66,7 +61,8 @@ struct Context {
     }
 };
 
-// As `attend` of attention.cu; a page's tokens are a power of two, heads are at most HEAD columns wide, and those of values a multiple of eight.
+// As `attend` of attention.cu, with blocks in x for KV heads and in y for tiles; a page's tokens are a power of two, heads
+// are at most HEAD columns wide, and those of values a multiple of eight. `scale` is above 0.
 template <Half HALF, int HEAD>
 __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                             const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
@@ -74,10 +70,10 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
                                             float scale, float softcap, const float *sinks, float *y, int y_stride,
                                             u16 *halves, int halves_stride, int half) {
     wait_for_launches_before();
-    int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
+    int row = tiles[2 * blockIdx.y], first_query = tiles[2 * blockIdx.y + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
     int queries = min(TILE_QUERIES, tokens * group - first_query);
-    int kv_head = blockIdx.y;
+    int kv_head = blockIdx.x;
     int first_position = static_cast<int>(row_positions[row]);
     auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
     Context context = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
@@ -113,19 +109,18 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
     // What all queries see: most tiles need no further look.
     int all_from = first_seen(position_of(queries - 1), window), all_to = position_of(0);
     float sums[HEAD / 8][4] = {};
-    // While a tile is attended to the next one is on its way.
-    for (int next = first_tile; next <= last_tile + 1; next++) {
-        int tile = next - 1, stage = (tile - first_tile) & 1;
-        if (next <= last_tile) {
-            int to = (stage ^ 1) * KEYS * HEAD;
-            context.fetch<HEAD>(next * KEYS, keys + to, values + to);
-        }
-        commit_copies();
-        if (next == first_tile) {
-            continue;
-        }
-        wait_for_copies<1>();
+    context.fetch<HEAD>(first_tile * KEYS, keys, values);
+    commit_copies();
+    for (int tile = first_tile; tile <= last_tile; tile++) {
+        int stage = (tile - first_tile) & 1;
+        wait_for_copies<0>();
+        // All have what they copied, and are done with the other stage.
         __syncthreads();
+        if (tile < last_tile) {
+            int to = (stage ^ 1) * KEYS * HEAD;
+            context.fetch<HEAD>((tile + 1) * KEYS, keys + to, values + to);
+            commit_copies();
+        }
         const u16 *stage_keys = keys + stage * KEYS * HEAD, *stage_values = values + stage * KEYS * HEAD;
         float scores[KEYS / 8][4] = {};
 #pragma unroll
@@ -166,7 +161,6 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
         for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                scores[j][i] *= unit;
                 above[i / 2] = fmaxf(above[i / 2], scores[j][i]);
             }
         }
@@ -176,8 +170,8 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
             above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 1));
             above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 2));
             // Nothing seen so far: all terms are 0, whatever they are measured from.
-            base[lower] = above[lower] == -INFINITY_F ? 0.0f : above[lower];
-            float keeps = short_exp2(highest[lower] - base[lower]);
+            base[lower] = above[lower] == -INFINITY_F ? 0.0f : above[lower] * unit;
+            float keeps = short_exp2(fmaf(highest[lower], unit, -base[lower]));
             highest[lower] = above[lower];
             total[lower] *= keeps;
 #pragma unroll
@@ -190,7 +184,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
         for (int j = 0; j < KEYS / 8; j++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                scores[j][i] = short_exp2(scores[j][i] - base[i / 2]);
+                scores[j][i] = short_exp2(fmaf(scores[j][i], unit, -base[i / 2]));
                 total[i / 2] += scores[j][i];
             }
         }
@@ -207,8 +201,6 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
                 multiply_add<HALF>(sums[j + 1], a, b[2], b[3]);
             }
         }
-        // All have read this stage before it is written again.
-        __syncthreads();
     }
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
@@ -219,7 +211,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
             continue;
         }
         int head = kv_head * group + number % group;
-        float by = share_of_term(highest[lower], total[lower], sinks, head);
+        float by = share_of_term(highest[lower] * unit, total[lower], sinks, head);
         size_t token = first_token + number / group, of_head = static_cast<size_t>(head) * pages.v_dim;
 #pragma unroll
         for (int j = 0; j < HEAD / 8; j++) {

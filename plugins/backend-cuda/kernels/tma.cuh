@@ -16,10 +16,18 @@ __device__ __forceinline__ u32 rank_in_cluster() {
     return rank;
 }
 
-// Waits until all threads of the cluster are here.
+// Waits until all threads of the cluster are here. Orders nothing that they wrote but barriers that were shown.
 __device__ __forceinline__ void wait_for_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Has the threads of a warpgroup take this many registers, fewer or more than before.
+template <int COUNT> __device__ __forceinline__ void take_fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT> __device__ __forceinline__ void take_more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // A barrier whose phase ends when `arrivals` have come, and as many bytes as were announced.
@@ -39,10 +47,11 @@ struct Barrier {
                      : "memory");
     }
 
-    // Arrives at the barrier that lies here in block `rank` of the cluster.
+    // Arrives at the barrier that lies here in block `rank` of the cluster: with what was read done, not with anything
+    // written. To release writes to the cluster would take a fence of the whole device, a microsecond long.
     __device__ __forceinline__ void arrive_at(u32 rank) {
         asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                     "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&state)),
+                     "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(&state)),
                      "r"(rank)
                      : "memory");
     }
@@ -59,6 +68,11 @@ struct Barrier {
         } while (!done);
     }
 };
+
+// Asks for what the driver encoded.
+__device__ __forceinline__ void prefetch_map(const TensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
+}
 
 // Has the box at `row` and `column` copied to this block; what is outside of the matrix becomes 0.
 __device__ __forceinline__ void copy_box(void *to, const TensorMap &map, int row, int column, Barrier &barrier) {

@@ -118,3 +118,76 @@ template <int TOKENS, int OUTPUTS> struct WarpgroupTile {
         }
     }
 };
+
+// Keeps the compiler from using sums before products are waited for, or from still changing them when products begin.
+template <int COUNT> __device__ __forceinline__ void hold(float (&sums)[COUNT][4]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        asm volatile("" : "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])::"memory");
+    }
+}
+
+// The same for left operands in registers.
+template <int COUNT> __device__ __forceinline__ void hold(u32 (&words)[COUNT][4]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        asm volatile("" : "+r"(words[i][0]), "+r"(words[i][1]), "+r"(words[i][2]), "+r"(words[i][3])::"memory");
+    }
+}
+
+// As `matrix_descriptor`, for a right operand that lies transposed: a row of 64 of its columns for each column of the
+// left one, and `apart` bytes behind them the same for the next 64.
+__device__ __forceinline__ u64 transposed_descriptor(const void *place, u32 apart) {
+    return matrix_descriptor(place) + ((u64(apart >> 4) - 1) << 16);
+}
+
+// What a descriptor grows by for so many rows.
+__device__ __forceinline__ constexpr u64 next_rows(int rows) { return rows * 128 >> 4; }
+
+// clang-format off
+#define SUMS_64 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+
+#define SUMS_128 SUMS_64 ", " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+#define WGMMA_128_FRESH(TYPE) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" SUMS_128 "}, %64, %65, p, 1, 1, 0, 0;\n}\n" \
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) \
+                 : "l"(left), "l"(right), "r"(static_cast<int>(adds)))
+
+#define WGMMA_64_TRANSPOSED(TYPE) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" SUMS_64 "}, " \
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n" \
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) \
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
+
+#define WGMMA_128_TRANSPOSED(TYPE) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n" \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" SUMS_128 "}, " \
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n" \
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) \
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
+// clang-format on
+
+// sums = left × right, both by their descriptors, added to what there is where `adds`; queued.
+template <Half HALF>
+__device__ __forceinline__ void multiply_tiles(float (&sums)[16][4], u64 left, u64 right, bool adds) {
+    if constexpr (HALF == HALF_BF16) { WGMMA_128_FRESH("bf16"); } else { WGMMA_128_FRESH("f16"); }
+}
+
+// sums += left × right, the left one in registers, in the order of `multiply_add`, the right one by a descriptor of what
+// lies transposed; queued.
+template <Half HALF, int COLUMNS>
+__device__ __forceinline__ void multiply_transposed(float (&sums)[COLUMNS / 8][4], const u32 (&left)[4], u64 right) {
+    if constexpr (COLUMNS == 64) {
+        if constexpr (HALF == HALF_BF16) { WGMMA_64_TRANSPOSED("bf16"); } else { WGMMA_64_TRANSPOSED("f16"); }
+    } else {
+        static_assert(COLUMNS == 128, "there is no such product");
+        if constexpr (HALF == HALF_BF16) { WGMMA_128_TRANSPOSED("bf16"); } else { WGMMA_128_TRANSPOSED("f16"); }
+    }
+}

@@ -10,17 +10,17 @@ use crate::step::Tiling;
 /// Positions in a part of the context, and queries in a tile: as in `kernels/attention.cuh`.
 pub const PART_TOKENS: usize = 128;
 pub const TILE_QUERIES: usize = 8;
-/// Queries in a tile for tensor cores, as in `kernels/prefill.cu`, and how many tokens a row must have for them.
-pub const DENSE_QUERIES: usize = 64;
+/// How many tokens a row must have for tensor cores.
 pub const LEAST_DENSE: usize = 8;
-/// Positions that a block of that kernel takes at a time.
-const DENSE_KEYS: usize = 64;
-/// Queries in a tile, warps of a block, and positions that a warp takes at a time, as in `kernels/decode.cu`; and how many
-/// blocks of it a multiprocessor has room for.
+/// Queries in a tile, warps of a block, positions that a warp takes at a time, and times that it has room for those, as in
+/// `kernels/decode.cu`; and how many blocks of it a multiprocessor has room for.
 pub const DECODE_QUERIES: usize = 16;
 const DECODE_WARPS: usize = 4;
 pub const DECODE_STEP: usize = 16;
-const DECODE_BLOCKS: usize = 2;
+const DECODE_STAGES: usize = 2;
+const DECODE_BLOCKS: usize = 3;
+/// Threads of a block that writes keys and values; each takes four columns of a head at a time.
+const WRITE_THREADS: usize = 256;
 /// Times that a device full of blocks is wanted, so that the last ones leave little of it idle.
 const DECODE_WAVES: usize = 4;
 
@@ -49,7 +49,7 @@ pub struct Decode {
 impl Decode {
     /// Dynamic shared memory, for heads of at most `head` columns.
     pub fn shared_bytes(head: usize) -> usize {
-        4 * DECODE_WARPS * DECODE_QUERIES * (head + 4)
+        2 * DECODE_WARPS * DECODE_STAGES * 2 * DECODE_STEP * head
     }
 
     /// Blocks that the device runs at once.
@@ -73,6 +73,39 @@ impl Decode {
     }
 }
 
+/// A kernel on tensor cores for rows with many queries.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefillTile {
+    pub file: &'static str,
+    /// Queries in a tile, and positions that a block takes at a time, for which it has room twice.
+    pub queries: usize,
+    keys: usize,
+    threads: usize,
+    /// Shared memory that goes to where tiles begin.
+    spare_bytes: usize,
+}
+
+/// Those of `kernels/prefill.cu` and of `kernels/prefill_hopper.cu`.
+pub const PORTABLE_PREFILL: PrefillTile =
+    PrefillTile { file: "prefill", queries: 64, keys: 64, threads: 128, spare_bytes: 0 };
+pub const HOPPER_PREFILL: PrefillTile =
+    PrefillTile { file: "prefill_hopper", queries: 128, keys: 128, threads: 384, spare_bytes: 1024 };
+
+impl PrefillTile {
+    /// Dynamic shared memory, for heads of at most `head` columns.
+    pub fn shared_bytes(&self, head: usize) -> usize {
+        2 * head * (self.queries + 4 * self.keys) + self.spare_bytes
+    }
+}
+
+/// That kernel for a layer's heads.
+#[derive(Clone, Debug)]
+pub struct Prefill {
+    pub kernel: Kernel,
+    pub tile: PrefillTile,
+    pub shared_bytes: usize,
+}
+
 /// Attention's constants.
 #[derive(Clone, Debug)]
 pub struct Attention {
@@ -80,8 +113,7 @@ pub struct Attention {
     pub attend: Kernel,
     pub decode: Option<Decode>,
     pub combine: Kernel,
-    /// The kernel on tensor cores and its shared memory.
-    pub prefill: Option<(Kernel, usize)>,
+    pub prefill: Option<Prefill>,
     /// The struct `Pages`.
     pub pages: [u64; 7],
     pub kv_group: usize,
@@ -89,7 +121,6 @@ pub struct Attention {
     /// How queries are cut into tiles, and the index of that among the limits' tilings.
     pub tiling: Tiling,
     pub tiles: usize,
-    pub k_dim: usize,
     pub k_padded: usize,
     pub v_dim: usize,
     pub window: Option<u32>,
@@ -113,9 +144,10 @@ impl Attention {
     pub fn launch(&self, pass: &Pass<'_>) -> Result<()> {
         let q = self.write(pass)?;
         let [few, dense] = pass.step.tiles[self.tiles];
-        if let Some((kernel, shared)) = self.prefill.as_ref().filter(|_| dense > 0) {
-            let shape = Shape::new((dense, self.kv_heads, 1), DENSE_QUERIES / 16 * 32).shared(*shared);
-            pass.launch(kernel, shape, self.arguments(pass, q, 1))?;
+        if let Some(prefill) = self.prefill.as_ref().filter(|_| dense > 0) {
+            // Blocks begin in order: those of the longest tiles, of all heads, first.
+            let shape = Shape::new((self.kv_heads, dense, 1), prefill.tile.threads).shared(prefill.shared_bytes);
+            pass.launch(&prefill.kernel, shape, self.arguments(pass, q, 1))?;
         }
         if few > 0 { self.attend_few(pass, q, few) } else { Ok(()) }
     }
@@ -199,10 +231,11 @@ impl Attention {
         let Turn { angles, pairs, interleaved, q } = self.turn.unwrap_or(none);
         let arguments = operand(arguments.int(heads), q);
         let arguments = arguments.address(angles).int(pairs).int(usize::from(interleaved));
-        // A block for each head of Q, K and V.
-        let blocks = heads + 2 * self.kv_heads;
-        let shape = Shape::new((pass.rows, blocks, 1), threads_for(self.k_dim.max(self.v_dim)));
-        pass.launch(&self.write, shape, arguments)?;
+        // The heads of a token are shared out where there would be too few blocks.
+        let at_once = (4 * WRITE_THREADS / self.k_padded.max(self.v_dim)).max(1);
+        let most = (heads + 2 * self.kv_heads).div_ceil(at_once);
+        let blocks = (2 * self.busy_blocks).div_ceil(pass.rows.max(1)).min(most);
+        pass.launch(&self.write, Shape::new((pass.rows, blocks, 1), WRITE_THREADS), arguments)?;
         Ok(q)
     }
 }
@@ -210,9 +243,4 @@ impl Attention {
 /// Dynamic shared memory of the attention kernel.
 pub fn shared_bytes(k_padded: usize) -> usize {
     4 * TILE_QUERIES * (k_padded + PART_TOKENS + 2)
-}
-
-/// Dynamic shared memory of the kernel on tensor cores, for heads of at most `head` columns.
-pub fn prefill_shared_bytes(head: usize) -> usize {
-    2 * head * (DENSE_QUERIES + 4 * DENSE_KEYS)
 }

@@ -23,6 +23,7 @@ const HEADERS: &[(&str, &str)] = files![
     "activation.cuh",
     "attention.cuh",
     "bulk.cuh",
+    "codes.cuh",
     "common.cuh",
     "formats.cuh",
     "half.cuh",
@@ -42,6 +43,7 @@ const HEADERS: &[(&str, &str)] = files![
 const SOURCES: &[(&str, &str)] = files![
     "attention.cu",
     "bulk.cu",
+    "codes.cu",
     "combine.cu",
     "decode.cu",
     "elementwise.cu",
@@ -52,13 +54,14 @@ const SOURCES: &[(&str, &str)] = files![
     "norm.cu",
     "pack.cu",
     "prefill.cu",
+    "prefill_hopper.cu",
     "rope.cu",
     "route.cu",
     "sample.cu",
     "slot.cu",
 ];
 
-/// The architecture whose tensor cores `bulk.cu` and `hopper.cu` are for: with the `a`, what later ones don't have.
+/// The architecture whose tensor cores `bulk.cu`, `hopper.cu` and `prefill_hopper.cu` are for: with the `a`, what later ones don't have.
 const HOPPER: &str = "sm_90a";
 
 /// What the emulated driver calls its device. It has the kernels compiled in.
@@ -80,10 +83,11 @@ impl Unit {
             let file = name.trim_end_matches(".cu");
             let formats: &[DType] = match file {
                 "attention" => &[DType::F32, DType::F16, DType::BF16],
-                "bulk" | "decode" | "prefill" => &[DType::F16, DType::BF16],
+                "bulk" | "decode" | "prefill" | "prefill_hopper" => &[DType::F16, DType::BF16],
                 "embed" | "linear" => &DType::ALL,
                 // Tensor cores take all but the first, F32.
                 "hopper" | "matmul" => &DType::ALL[1..],
+                "codes" => &DType::ALL[3..],
                 _ => &[],
             };
             units.extend(formats.iter().map(|&format| Unit { file, format: Some(format) }));
@@ -96,7 +100,7 @@ impl Unit {
 
     /// Whether it compiles for an architecture: what is for the tensor cores of one does for no other.
     pub fn is_for(self, architecture: &str) -> bool {
-        !["bulk", "hopper"].contains(&self.file) || architecture == HOPPER
+        !["bulk", "hopper", "prefill_hopper"].contains(&self.file) || architecture == HOPPER
     }
 
     fn source(self) -> Result<Source<'static>> {
@@ -111,7 +115,8 @@ impl Unit {
         // Products and sums are contracted only where the source says so: see `common.cuh`.
         let mut options =
             vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
-        let macro_name = if ["attention", "decode", "prefill"].contains(&self.file) { "ELEMENT" } else { "FORMAT" };
+        let has_elements = ["attention", "decode", "prefill", "prefill_hopper"].contains(&self.file);
+        let macro_name = if has_elements { "ELEMENT" } else { "FORMAT" };
         options.extend(self.format.map(|format| format!("-D{macro_name}={}", format.name())));
         options
     }

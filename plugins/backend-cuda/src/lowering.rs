@@ -7,7 +7,7 @@ use setu_core::graph::{
 };
 use setu_core::{DType, Error, Graph, Result};
 
-use crate::attention::{self, Attention, Decode, Turn};
+use crate::attention::{self, Attention, Decode, Prefill, Turn};
 use crate::experts::Experts;
 use crate::fuse::{self, Kind, Unit};
 use crate::gpu::{Device, Kernel, Memory};
@@ -16,7 +16,7 @@ use crate::layout::Layout;
 use crate::ops::{self, Op, Operand};
 use crate::plan::{PARTIALS_BYTES, PendingAttention};
 use crate::product::{
-    BULK_TILES, Dense, ExpertRows, HOPPER_TILES, Half, Halves, Output, PORTABLE_TILES, Product, ProductKernels, Shares,
+    BULK_TILES, CODES, Codes, Dense, ExpertRows, HOPPER_TILES, Half, Halves, Maps, Output, PORTABLE_TILES, Product, ProductKernels, Shares,
     Tile,
 };
 use crate::step::Tiling;
@@ -210,11 +210,22 @@ impl Lowering<'_, '_> {
         } else if self.batch_invariant || Half::of(dtype, cols).is_none() {
             None
         } else {
-            let (file, tiles) =
-                if self.kernels.is_hopper() { ("hopper", HOPPER_TILES) } else { ("matmul", PORTABLE_TILES) };
-            Some(Dense { tiles, kernels: self.tile_kernels(file, dtype, tiles)?, maps: None })
+            let tiles = if self.kernels.is_hopper() { HOPPER_TILES } else { PORTABLE_TILES };
+            Some(Dense { tiles, kernels: self.tile_kernels(dtype, tiles)?, maps: None })
         };
-        Ok(ProductKernels { one: one?, few: few?, many: many?, dense })
+        let codes = if self.batch_invariant || dtype.is_float() { None } else { Some(self.codes(dtype)?) };
+        Ok(ProductKernels { one: one?, few: few?, many: many?, dense, codes })
+    }
+
+    /// The kernels for few rows and quantized weights.
+    fn codes(&mut self, dtype: DType) -> Result<Codes> {
+        let unit = kernels::Unit { file: "codes", format: Some(dtype) };
+        let shared_bytes = self.device.shared_bytes()?;
+        let kernels = CODES.iter().map(|rows| {
+            let kernel = self.kernels.get(unit, rows.name)?;
+            kernel.allow_shared(rows.most_bytes(shared_bytes)).map(|()| kernel)
+        });
+        Ok(Codes { kernels: kernels.collect::<Result<_>>()?, dtype, shared_bytes })
     }
 
     /// The kernels for weights of `outs` by `cols` in halves on Hopper, for at most `rows` rows; none for others.
@@ -225,26 +236,28 @@ impl Lowering<'_, '_> {
         [rows, outs, cols]: [usize; 3],
         x: Halves,
     ) -> Result<Option<Dense>> {
-        let [small @ .., tile] = BULK_TILES else { return Ok(None) };
         if !self.kernels.is_hopper() || !matches!(dtype, DType::F16 | DType::BF16) {
             return Ok(None);
         }
-        let mut kernels = self.tile_kernels("hopper", dtype, small)?;
-        let unit = kernels::Unit { file: "bulk", format: Some(dtype) };
-        let kernel = self.kernels.get(unit, "bulk")?;
-        kernel.allow_shared(tile.shared_bytes())?;
-        kernels.push(kernel);
+        let kernels = self.tile_kernels(dtype, BULK_TILES)?;
         let [first, second] = if weights[1] == 0 { [weights[0]; 2] } else { weights };
-        let of_box = if weights[1] == 0 { tile.outputs } else { tile.outputs / 2 };
+        let of_rows = |tile: &Tile| {
+            let map = || self.device.tensor_map(x, rows, cols, tile.tokens / tile.cluster);
+            tile.is_bulk.then(map).transpose()
+        };
+        // All tiles have as many outputs.
+        let outputs = BULK_TILES.iter().find(|tile| tile.is_bulk).map_or(1, |tile| tile.outputs);
+        let of_box = if weights[1] == 0 { outputs } else { outputs / 2 };
         let map = |address| self.device.tensor_map(Halves { address, stride: cols, half: x.half }, outs, cols, of_box);
-        let of_rows = self.device.tensor_map(x, rows, cols, tile.tokens / tile.cluster)?;
-        Ok(Some(Dense { tiles: BULK_TILES, kernels, maps: Some(Box::new([of_rows, map(first)?, map(second)?])) }))
+        let rows = BULK_TILES.iter().map(of_rows).collect::<Result<_>>()?;
+        let maps = Box::new(Maps { rows, weights: [map(first)?, map(second)?] });
+        Ok(Some(Dense { tiles: BULK_TILES, kernels, maps: Some(maps) }))
     }
 
-    fn tile_kernels(&mut self, file: &'static str, dtype: DType, tiles: &[Tile]) -> Result<Vec<Kernel>> {
-        let unit = kernels::Unit { file, format: Some(dtype) };
+    fn tile_kernels(&mut self, dtype: DType, tiles: &[Tile]) -> Result<Vec<Kernel>> {
         let kernels = tiles.iter().map(|tile| {
-            let kernel = self.kernels.get(unit, &format!("{file}_{}", tile.name))?;
+            let unit = kernels::Unit { file: tile.file, format: Some(dtype) };
+            let kernel = self.kernels.get(unit, &format!("{}_{}", tile.file, tile.name))?;
             kernel.allow_shared(tile.shared_bytes()).map(|()| kernel)
         });
         kernels.collect()
@@ -379,11 +392,12 @@ impl Lowering<'_, '_> {
             )));
         }
         let kernel_unit = kernels::Unit { file: "attention", format: Some(self.kv_dtype) };
-        let (prefill, decode) = (self.prefill(kv)?, self.decode(kv)?);
+        let dense_head = self.dense_head(kv).filter(|_| scale > 0.0);
+        let (prefill, decode) = (self.prefill(dense_head)?, self.decode(dense_head)?);
         let tiling = Tiling {
             head_group,
             queries: if decode.is_some() { attention::DECODE_QUERIES } else { attention::TILE_QUERIES },
-            dense: prefill.as_ref().map(|_| (attention::LEAST_DENSE, attention::DENSE_QUERIES)),
+            dense: prefill.as_ref().map(|prefill| (attention::LEAST_DENSE, prefill.tile.queries)),
         };
         let tiles = self.tilings.iter().position(|&known| known == tiling).unwrap_or_else(|| {
             self.tilings.push(tiling);
@@ -402,7 +416,6 @@ impl Lowering<'_, '_> {
             kv_heads: kv.heads as usize,
             tiling,
             tiles,
-            k_dim: kv.k_dim as usize,
             k_padded: 0,
             v_dim: kv.v_dim as usize,
             window,
@@ -424,14 +437,14 @@ impl Lowering<'_, '_> {
     fn dense_head(&self, kv: KvLayer) -> Option<usize> {
         let halves = matches!(self.kv_dtype, DType::F16 | DType::BF16);
         let head = [64, 128].into_iter().find(|&head| kv.k_dim.max(kv.v_dim) <= head);
-        let fits = halves && kv.v_dim.is_multiple_of(8) && self.page_tokens.is_power_of_two();
-        let head = head.filter(|_| fits && !self.batch_invariant)?;
+        let fits = halves && kv.k_dim.is_multiple_of(2) && kv.v_dim.is_multiple_of(8);
+        let head = head.filter(|_| fits && self.page_tokens.is_power_of_two() && !self.batch_invariant)?;
         Some(head as usize)
     }
 
     /// The kernel on tensor cores for few queries; none where there is no such kernel.
-    fn decode(&mut self, kv: KvLayer) -> Result<Option<Decode>> {
-        let head = self.dense_head(kv).filter(|_| self.page_tokens.is_multiple_of(attention::DECODE_STEP));
+    fn decode(&mut self, dense_head: Option<usize>) -> Result<Option<Decode>> {
+        let head = dense_head.filter(|_| self.page_tokens.is_multiple_of(attention::DECODE_STEP));
         let Some(head) = head else { return Ok(None) };
         let unit = kernels::Unit { file: "decode", format: Some(self.kv_dtype) };
         let kernel = self.kernels.get(unit, &format!("decode_{head}"))?;
@@ -443,17 +456,20 @@ impl Lowering<'_, '_> {
                 *self.arrived.insert(self.weights.constant(&zeros, "counters of attention")?)
             }
         };
-        Ok(Some(Decode { kernel, shared_bytes: Decode::shared_bytes(head), arrived, slots }))
+        let shared_bytes = Decode::shared_bytes(head);
+        kernel.allow_shared(shared_bytes)?;
+        Ok(Some(Decode { kernel, shared_bytes, arrived, slots }))
     }
 
-    /// The kernel on tensor cores for a layer's heads, and its shared memory; none where there is no such kernel.
-    fn prefill(&mut self, kv: KvLayer) -> Result<Option<(Kernel, usize)>> {
-        let Some(head) = self.dense_head(kv) else { return Ok(None) };
-        let unit = kernels::Unit { file: "prefill", format: Some(self.kv_dtype) };
+    /// The kernel on tensor cores for many queries; none where there is no such kernel.
+    fn prefill(&mut self, dense_head: Option<usize>) -> Result<Option<Prefill>> {
+        let Some(head) = dense_head else { return Ok(None) };
+        let tile = if self.kernels.is_hopper() { attention::HOPPER_PREFILL } else { attention::PORTABLE_PREFILL };
+        let unit = kernels::Unit { file: tile.file, format: Some(self.kv_dtype) };
         let kernel = self.kernels.get(unit, &format!("attend_{head}"))?;
-        let shared = attention::prefill_shared_bytes(head);
-        kernel.allow_shared(shared)?;
-        Ok(Some((kernel, shared)))
+        let shared_bytes = tile.shared_bytes(head);
+        kernel.allow_shared(shared_bytes)?;
+        Ok(Some(Prefill { kernel, tile, shared_bytes }))
     }
 
     /// Room for the parts of long contexts, shared by all layers.

@@ -156,9 +156,10 @@ pub fn lower(
     }
     let logits = lowering.layout.value(logits);
     let Lowering { tilings, attention, memory, .. } = lowering;
-    // Hopper's are as good at bringing weights for one row as for many, if they needn't be decoded.
-    let are_halves = units.iter().flat_map(weights_of).all(|id| matches!(weights.dtype(id), DType::F16 | DType::BF16));
-    let dense_rows = if dense_file == "hopper" && are_halves { 1 } else { FEW_ROWS + 1 };
+    // For few rows there are kernels that bring weights as fast as memory gives them: on Hopper for halves, and for codes.
+    let is_fast = |dtype: DType| !dtype.is_float() || (dense_file == "hopper" && dtype != DType::F32);
+    let are_fast = units.iter().flat_map(weights_of).all(|id| is_fast(weights.dtype(id)));
+    let dense_rows = if are_fast { 1 } else { FEW_ROWS + 1 };
     let plan =
         Plan { tokens: token_ops, wanted: wanted_ops, logits, wants, tilings, batch_invariant, dense_rows, memory };
     Ok(Unpaged { plan, attention, shared_bytes: device.shared_bytes()? })
@@ -190,13 +191,17 @@ fn needed(
                 if file == "hopper" && is_alone && is_half {
                     add("bulk", Some(dtype));
                 }
+                if !dtype.is_float() {
+                    add("codes", Some(dtype));
+                }
             }
         }
     }
     if kv_dtype.is_float() && !graph.kv_layers.is_empty() {
         add("attention", Some(kv_dtype));
-        if dense.is_some() && kv_dtype != DType::F32 {
-            add("prefill", Some(kv_dtype));
+        if let Some(file) = dense.filter(|_| kv_dtype != DType::F32) {
+            let tile = if file == "hopper" { attention::HOPPER_PREFILL } else { attention::PORTABLE_PREFILL };
+            add(tile.file, Some(kv_dtype));
             add("decode", Some(kv_dtype));
         }
     }

@@ -1,8 +1,9 @@
 //! Products of rows with weights: which kernel computes one, and in which tiles.
 //!
-//! Few rows mostly go to kernels that are bound by how fast weights come (`kernels/linear.cuh`); many, to tensor cores
-//! (`kernels/matmul.cuh`), with rows in halves that whoever computed them has written. A pass is all one way or the
-//! other, so that writers and readers of halves agree: see [`Pass::dense`].
+//! Few rows mostly go to kernels that are bound by how fast weights come: on tensor cores where weights are quantized
+//! (`kernels/codes.cuh`), or without (`kernels/linear.cuh`). Many go to tensor cores in tiles (`kernels/matmul.cuh`). On
+//! tensor cores rows are halves that whoever computed them has written. A pass is all one way or the other, so that
+//! writers and readers of halves agree: see [`Pass::dense`].
 
 use setu_core::DType;
 use setu_core::Result;
@@ -78,6 +79,64 @@ pub struct ProductKernels {
     pub few: Kernel,
     pub many: Kernel,
     pub dense: Option<Dense>,
+    pub codes: Option<Codes>,
+}
+
+/// Those for a few rows and quantized weights on tensor cores, by how many rows they take at a time.
+#[derive(Clone, Debug)]
+pub struct Codes {
+    /// In the order of [`CODES`].
+    pub kernels: Vec<Kernel>,
+    pub dtype: DType,
+    /// What a block may have.
+    pub shared_bytes: usize,
+}
+
+/// Rows that a kernel of `codes.cu` takes at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    pub name: &'static str,
+    pub count: usize,
+    /// Warps of a block at most, by registers, as many as a multiprocessor should have.
+    warps: usize,
+}
+
+pub const CODES: [Rows; 3] = [
+    Rows { name: "codes_8", count: 8, warps: 16 },
+    Rows { name: "codes_16", count: 16, warps: 12 },
+    Rows { name: "codes_32", count: 32, warps: 8 },
+];
+/// Rows of weights that a warp of these takes.
+const CODES_OUTS: usize = 32;
+
+impl Rows {
+    /// Shared memory of a warp, for any format.
+    fn warp_bytes(&self) -> usize {
+        648 * self.count + 4096
+    }
+
+    fn most_warps(&self, shared_bytes: usize) -> usize {
+        self.warps.min(shared_bytes / self.warp_bytes()).max(1)
+    }
+
+    /// Shared memory of a block at most, where one may have `shared_bytes`.
+    pub fn most_bytes(&self, shared_bytes: usize) -> usize {
+        self.most_warps(shared_bytes) * self.warp_bytes()
+    }
+
+    /// Warps that share the columns of `tiles` tiles of weights out: enough to keep memory busy, if each has a step.
+    fn warps(&self, tiles: usize, cols: usize, codes: (DType, usize), multiprocessors: usize) -> usize {
+        let (dtype, most) = (codes.0, self.most_warps(codes.1));
+        // Columns of a step, as `Step` of `codes.cuh` has them.
+        let columns = match dtype {
+            DType::Q5_0 | DType::Q8_0 => 64,
+            DType::Q4_0 | DType::Q4_1 | DType::Q5_1 | DType::Q6K => 128,
+            _ => 256,
+        };
+        let steps = cols.div_ceil(columns).max(1);
+        let warps = (most * multiprocessors / tiles.max(1)).clamp(1, most.min(steps));
+        steps.div_ceil(steps.div_ceil(warps))
+    }
 }
 
 /// Those on tensor cores.
@@ -86,13 +145,24 @@ pub struct Dense {
     pub tiles: &'static [Tile],
     /// In the order of the tiles.
     pub kernels: Vec<Kernel>,
-    /// Where the last tile is copied by maps, those of the rows and of the weights: twice the same where there is one matrix.
-    pub maps: Option<Box<[TensorMap; 3]>>,
+    /// What tiles of `bulk.cu` are copied by.
+    pub maps: Option<Box<Maps>>,
 }
 
-/// A tile of the kernels in `matmul.cu` or `hopper.cu`.
+/// How the tensor memory accelerator finds the operands of a product.
+#[derive(Clone, Debug)]
+pub struct Maps {
+    /// The rows, for each of the tiles; none for one that isn't of `bulk.cu`.
+    pub rows: Vec<Option<TensorMap>>,
+    /// The weights: twice the same where there is one matrix.
+    pub weights: [TensorMap; 2],
+}
+
+/// A tile of the kernels in `matmul.cu`, `hopper.cu` or `bulk.cu`.
 #[derive(Clone, Copy, Debug)]
 pub struct Tile {
+    /// The source of its kernel, and the kernel's name but for the file's before it.
+    pub file: &'static str,
     pub name: &'static str,
     pub tokens: usize,
     pub outputs: usize,
@@ -104,31 +174,44 @@ pub struct Tile {
     pub cluster: usize,
     /// Blocks that a multiprocessor has room for.
     blocks: usize,
+    /// Whether blocks stay and take tile after tile, copied by maps: those of `bulk.cu`.
+    pub is_bulk: bool,
+}
+
+/// A tile of `matmul.cu` or `hopper.cu`, each of which a block takes.
+const fn tile(
+    [file, name]: [&'static str; 2],
+    [tokens, outputs]: [usize; 2],
+    threads: usize,
+    [stages, depth]: [usize; 2],
+    blocks: usize,
+) -> Tile {
+    Tile { file, name, tokens, outputs, threads, stages, depth, cluster: 1, blocks, is_bulk: false }
+}
+
+/// A tile of `bulk.cu`: two warpgroups multiply, and one more copies.
+const fn bulk(name: &'static str, tokens: usize, stages: usize) -> Tile {
+    Tile { file: "bulk", name, tokens, outputs: 128, threads: 384, stages, depth: 64, cluster: 2, blocks: 1, is_bulk: true }
 }
 
 /// Those of `matmul.cu`, by tokens.
 pub const PORTABLE_TILES: &[Tile] = &[
-    Tile { name: "narrow", tokens: 16, outputs: 64, threads: 128, stages: 6, depth: 32, cluster: 1, blocks: 4 },
-    Tile { name: "middle", tokens: 64, outputs: 64, threads: 128, stages: 4, depth: 32, cluster: 1, blocks: 3 },
-    Tile { name: "wide", tokens: 128, outputs: 128, threads: 256, stages: 4, depth: 32, cluster: 1, blocks: 2 },
+    tile(["matmul", "narrow"], [16, 64], 128, [6, 32], 4),
+    tile(["matmul", "middle"], [64, 64], 128, [4, 32], 3),
+    tile(["matmul", "wide"], [128, 128], 256, [4, 32], 2),
 ];
 
 /// Those of `hopper.cu`.
 pub const HOPPER_TILES: &[Tile] = &[
-    Tile { name: "slim", tokens: 16, outputs: 64, threads: 128, stages: 6, depth: 64, cluster: 1, blocks: 3 },
-    Tile { name: "small", tokens: 64, outputs: 128, threads: 256, stages: 4, depth: 64, cluster: 1, blocks: 2 },
-    Tile { name: "even", tokens: 128, outputs: 128, threads: 256, stages: 6, depth: 64, cluster: 1, blocks: 1 },
-    Tile { name: "large", tokens: 256, outputs: 128, threads: 256, stages: 4, depth: 64, cluster: 1, blocks: 1 },
+    tile(["hopper", "slim"], [16, 64], 128, [5, 64], 4),
+    tile(["hopper", "small"], [64, 128], 256, [4, 64], 2),
+    tile(["hopper", "even"], [128, 128], 256, [6, 64], 1),
+    tile(["hopper", "large"], [256, 128], 256, [4, 64], 1),
 ];
 
-/// What takes the place of the last of those where weights are halves: the tile of `bulk.cu`. Its threads are those that
-/// multiply, and a warp that copies.
-pub const BULK_TILES: &[Tile] = &[
-    HOPPER_TILES[0],
-    HOPPER_TILES[1],
-    HOPPER_TILES[2],
-    Tile { name: "bulk", tokens: 256, outputs: 128, threads: 288, stages: 4, depth: 64, cluster: 2, blocks: 1 },
-];
+/// What is for weights in halves on Hopper, where there are no experts.
+pub const BULK_TILES: &[Tile] =
+    &[HOPPER_TILES[0], bulk("16", 16, 9), bulk("64", 64, 7), bulk("128", 128, 6), bulk("256", 256, 4)];
 
 /// All tiles that there are.
 fn all_tiles() -> impl Iterator<Item = &'static Tile> {
@@ -137,16 +220,31 @@ fn all_tiles() -> impl Iterator<Item = &'static Tile> {
 
 /// Fewest columns that are worth a block of their own.
 const LEAST_COLS: usize = 256;
-/// What tiles of `hopper.cu` begin at multiples of, in bytes.
+/// What tiles of `hopper.cu` and `bulk.cu` begin at multiples of, in bytes.
 const ALIGNMENT: usize = 1024;
+/// Tokens whose results pass through shared memory at a time, in `bulk.cu`, and stages that are worth a cluster of its own.
+const BULK_PART: usize = 64;
+const LEAST_STAGES: usize = 4;
 
 impl Tile {
     pub fn shared_bytes(&self) -> usize {
-        2 * (self.tokens + self.outputs) * self.depth * self.stages + ALIGNMENT
+        let results = if self.is_bulk { 4 * self.tokens.min(BULK_PART) * self.outputs } else { 0 };
+        2 * (self.tokens + self.outputs) * self.depth * self.stages + results + ALIGNMENT
     }
 
     fn tiles(&self, rows: usize, outputs: usize) -> usize {
         rows.div_ceil(self.tokens) * outputs.div_ceil(self.outputs).next_multiple_of(self.cluster)
+    }
+
+    /// Blocks that share tiles out among them, whole clusters; for tiles of `bulk.cu`.
+    fn staying_blocks(&self, rows: usize, outputs: usize, cols: usize, multiprocessors: usize) -> usize {
+        let stages = self.tiles(rows, outputs) / self.cluster * cols.div_ceil(self.depth);
+        (multiprocessors / self.cluster).min(stages / LEAST_STAGES).max(1) * self.cluster
+    }
+
+    /// Tiles of whose sums a block may leave a part, at the same time.
+    fn shared_tiles(&self) -> usize {
+        if self.is_bulk { 2 } else { 1 }
     }
 }
 
@@ -162,7 +260,7 @@ pub struct Shares {
 impl Shares {
     /// Floats that the device's blocks leave at most.
     pub fn floats(multiprocessors: usize) -> usize {
-        let most = |tile: &Tile| tile.blocks * tile.tokens * tile.outputs;
+        let most = |tile: &Tile| tile.shared_tiles() * tile.blocks * tile.tokens * tile.outputs;
         multiprocessors * all_tiles().map(most).max().unwrap_or(0)
     }
 
@@ -172,14 +270,21 @@ impl Shares {
     }
 }
 
-/// Which of `tiles` is for a product, and how many blocks share one.
+/// Which of `tiles` is for a product, and how many blocks share one; none is shared in the same way in `bulk.cu`.
 fn choose(tiles: &[Tile], rows: usize, outputs: usize, cols: usize, multiprocessors: usize) -> (usize, usize) {
     let last = tiles.len() - 1;
     let fits = tiles.iter().position(|tile| tile.tokens >= rows).unwrap_or(last);
-    // The largest tiles pass over memory least often, if there are enough of them.
-    let few = fits == last && tiles[last].tiles(rows, outputs) < multiprocessors;
-    let index = if few { last - 1 } else { fits };
-    let shares = tiles[index].blocks * multiprocessors / tiles[index].tiles(rows, outputs).max(1);
+    let (large, small) = (&tiles[last], &tiles[last - 1]);
+    // The largest tiles pass over memory least often, if there are enough of them, or not too much of them is empty.
+    let padded = |tile: &Tile| rows.next_multiple_of(tile.tokens);
+    let few = if large.is_bulk { 8 * padded(small) <= 7 * padded(large) } else { large.tiles(rows, outputs) < multiprocessors };
+    let index = if fits == last && few { last - 1 } else { fits };
+    let index = if index == 0 && tiles.len() == 5 && std::env::var_os("BULK16").is_some() { 1 } else { index };
+    let tile = &tiles[index];
+    if tile.is_bulk {
+        return (index, 1);
+    }
+    let shares = tile.blocks * multiprocessors / tile.tiles(rows, outputs).max(1);
     (index, shares.clamp(1, (cols / LEAST_COLS).max(1)))
 }
 
@@ -230,20 +335,35 @@ impl Product {
             Some(ExpertRows { experts, top_k, .. }) => ((pass.rows * top_k).div_ceil(experts), experts),
             None => (pass.rows, 1),
         };
+        let codes = self.kernels.codes.as_ref().zip(self.halves).filter(|_| pass.dense);
+        let fitting = CODES.iter().position(|kernel| rows <= kernel.count);
+        if let Some(((codes, halves), index)) = codes.zip(fitting) {
+            let (kernel, of_tile) = (&CODES[index], if is_gated { CODES_OUTS / 2 } else { CODES_OUTS });
+            let tiles = outs.div_ceil(of_tile);
+            let warps = kernel.warps(tiles * copies, self.x.cols, (codes.dtype, codes.shared_bytes), self.shares.multiprocessors);
+            let shape = Shape::new((tiles, pass.rows.div_ceil(kernel.count), copies), 32 * warps);
+            let shape = shape.shared(warps * kernel.warp_bytes());
+            return pass.launch(&codes.kernels[index], shape, self.arguments(pass, Some(halves)));
+        }
         let dense = self.kernels.dense.as_ref().zip(self.halves).filter(|_| pass.dense);
         if let Some((dense, halves)) = dense {
             // Two matrices take turns in a tile.
             let in_tiles = if is_gated { 2 * outs } else { outs };
             let (index, shares) = choose(dense.tiles, rows, in_tiles, self.x.cols, self.shares.multiprocessors);
             let tile = &dense.tiles[index];
-            let &Tile { tokens, outputs, threads, .. } = tile;
-            // One expert may have all rows.
-            let blocks = if self.experts.is_some() { copies } else { shares };
-            let across = in_tiles.div_ceil(outputs).next_multiple_of(tile.cluster);
-            let shape = Shape::new((pass.rows.div_ceil(tokens), across, blocks), threads).shared(tile.shared_bytes());
-            let arguments = self.arguments(pass, Some(halves));
-            let maps = dense.maps.iter().filter(|_| index + 1 == dense.tiles.len()).flat_map(|maps| maps.iter());
-            let arguments = maps.fold(arguments, |arguments, map| arguments.structure(&map.0));
+            let blocks = if tile.is_bulk {
+                (tile.staying_blocks(rows, in_tiles, self.x.cols, self.shares.multiprocessors), 1, 1)
+            } else {
+                // One expert may have all rows.
+                let shares = if self.experts.is_some() { copies } else { shares };
+                (pass.rows.div_ceil(tile.tokens), in_tiles.div_ceil(tile.outputs), shares)
+            };
+            let shape = Shape::new(blocks, tile.threads).shared(tile.shared_bytes());
+            let mut arguments = self.arguments(pass, Some(halves));
+            if let Some((maps, rows)) = dense.maps.as_ref().and_then(|maps| Some((maps, maps.rows[index].as_ref()?))) {
+                let [first, second] = &maps.weights;
+                arguments = [rows, first, second].into_iter().fold(arguments, |all, map| all.structure(&map.0));
+            }
             return pass.launch(&dense.kernels[index], shape, arguments);
         }
         let (kernel, at_a_time) = match pass.rows {
@@ -306,11 +426,31 @@ mod tests {
                             let (tile, count) = (&tiles[index], tiles[index].tiles(rows, outputs));
                             assert!(shares == 1 || shares * count <= tile.blocks * multiprocessors);
                             assert!(shares <= cols.div_ceil(tile.depth), "a block has nothing to do");
+                            if tile.is_bulk {
+                                let blocks = tile.staying_blocks(rows, outputs, cols, multiprocessors);
+                                let sums = 2 * blocks * tile.tokens * tile.outputs;
+                                assert!(blocks.is_multiple_of(tile.cluster) && blocks <= multiprocessors.max(tile.cluster));
+                                assert!(sums <= Shares::floats(multiprocessors));
+                                continue;
+                            }
                             let sums = shares * count * tile.tokens * tile.outputs;
                             assert!(shares == 1 || sums <= Shares::floats(multiprocessors));
                             assert!(shares == 1 || count <= Shares::counters(multiprocessors));
                         }
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn each_warp_of_a_block_has_columns() {
+        for (kernel, shared) in CODES.into_iter().flat_map(|kernel| [99 << 10, 227 << 10].map(|shared| (kernel, shared))) {
+            for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_float()) {
+                for (tiles, cols) in [(1, 32), (1, 256), (128, 4096), (896, 4096), (128, 14336), (4008, 4096)] {
+                    let warps = kernel.warps(tiles, cols, (dtype, shared), 132);
+                    assert!((1..=kernel.warps).contains(&warps) && warps <= cols.div_ceil(64), "{kernel:?} {dtype} {cols}");
+                    assert!(warps * kernel.warp_bytes() <= kernel.most_bytes(shared) && kernel.most_bytes(shared) <= shared);
                 }
             }
         }

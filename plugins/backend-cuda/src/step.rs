@@ -334,7 +334,14 @@ impl StepData {
                     (0..if here { count * tiling.head_group } else { 0 }).step_by(queries)
                 };
                 let tiles = (0..filled.end).flat_map(|row| of_row(row).map(move |first| [row as u32, first as u32]));
-                tiles.flatten().collect::<Vec<u32>>()
+                let mut tiles: Vec<[u32; 2]> = tiles.collect();
+                // Blocks begin in order: those that see most first, so that none of them is left for the end.
+                let sees = |&[row, first]: &[u32; 2]| {
+                    let position = self.row_positions.get(row as usize).copied().unwrap_or(0);
+                    position as usize + (first as usize + queries - 1) / tiling.head_group
+                };
+                tiles.sort_by_key(|tile| std::cmp::Reverse(sees(tile)));
+                tiles.into_iter().flatten().collect::<Vec<u32>>()
             });
             self.tiles.push([lists[0].len() / 2, lists[1].len() / 2]);
             places.tiles.push([0, 1].map(|list: usize| packer.words(lists[list].drain(..))));

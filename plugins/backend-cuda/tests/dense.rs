@@ -71,3 +71,24 @@ fn tiles_of_every_size_compute_the_same() {
         }
     }
 }
+
+#[test]
+fn few_rows_of_every_quantized_format() {
+    for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_float()) {
+        // Of small blocks a number that no step divides.
+        let graph = graph(if dtype.block_len() == 32 { 480 } else { 512 }).unwrap();
+        let weights = WeightSet::random(&graph, dtype, 5);
+        let mut options = CompileOptions::new(64, 8, 320);
+        options.kv_dtype = DType::F32;
+        let exec = common::backend().compile(&graph, &weights.data(), &options).unwrap();
+        let mut rig = Rig::of(&graph, exec, options);
+        let tokens = rig.rng.tokens(33, graph.vocab_size);
+        let expected = ReferenceModel::new(&graph, &weights.data(), DType::F32).unwrap().logits(&tokens).unwrap();
+        for chunk in [1, 8, 13, 29] {
+            let found = rig.alone(&tokens, chunk).unwrap_or_else(|_| panic!("a step fails"));
+            if let Err(setu_testkit::backend::Stop::Failed(why)) = compare_overall(&found, &expected, 1e-2) {
+                panic!("{dtype} in chunks of {chunk}: {why}");
+            }
+        }
+    }
+}
