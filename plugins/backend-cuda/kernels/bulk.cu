@@ -9,7 +9,6 @@
         bulk_matmul<FORMAT == F16 ? HALF_F16 : HALF_BF16, TILE>(product, tokens, weights, second);                     \
     }
 
-DEFINE_BULK(JOIN(bulk_16, FORMAT), Bulk16)
 DEFINE_BULK(JOIN(bulk_64, FORMAT), Bulk64)
 DEFINE_BULK(JOIN(bulk_128, FORMAT), Bulk128)
 DEFINE_BULK(JOIN(bulk_256, FORMAT), Bulk256)

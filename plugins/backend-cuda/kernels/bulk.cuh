@@ -4,19 +4,21 @@
 // from the second-level cache; so two blocks, a cluster, take the same tokens and different outputs, and each fetches half
 // of the tokens for both. With two matrices the upper half of a tile's outputs are the second's.
 //
-// A cluster stays for the whole product and takes tile after tile: the next one is on its way while results are written.
-// Tiles that are left over when all clusters have had as many are shared out evenly by columns, so that all end together
-// ("Stream-K", Osama et al., 2023).
+// A cluster stays for the whole product and takes tile after tile (work.cuh): the next one is on its way while results are
+// written.
 #pragma once
 
 #include "formats.cuh"
 #include "tile.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
+#include "work.cuh"
 
 // TOKENS × OUTPUTS for a block, a warpgroup for every 64 outputs, and one more of which a thread copies.
 template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile {
     static constexpr int tokens = TOKENS, outputs = OUTPUTS, stages = STAGES, cluster = CLUSTER;
+    // Of a shared tile that are worth a cluster of its own.
+    static constexpr int least_stages = 4;
     // Those that multiply.
     static constexpr int threads = 2 * OUTPUTS;
     static constexpr int columns = 64, row_bytes = 2 * columns;
@@ -26,70 +28,16 @@ template <int TOKENS, int OUTPUTS, int STAGES, int CLUSTER> struct BulkTile {
     static __device__ __forceinline__ void wait() { asm volatile("bar.sync 1, %0;" ::"n"(threads) : "memory"); }
 
     // Tokens whose results pass through shared memory at a time.
-    struct Part : WarpgroupTile<TOKENS < 64 ? TOKENS : 64, OUTPUTS> {
+    struct Part : WarpgroupTile<64, OUTPUTS> {
         static constexpr bool takes_turns = false;
     };
 
     static_assert(stage_bytes % 1024 == 0 && TOKENS / CLUSTER % 8 == 0 && OUTPUTS % 64 == 0, "tiles begin where they may");
 };
 
-typedef BulkTile<16, 128, 9, 2> Bulk16;
 typedef BulkTile<64, 128, 7, 2> Bulk64;
 typedef BulkTile<128, 128, 6, 2> Bulk128;
 typedef BulkTile<256, 128, 4, 2> Bulk256;
-
-// Fewest stages of a shared tile that are worth a cluster of its own.
-constexpr int LEAST_STAGES = 4;
-
-// A cluster's work: whole tiles, every `clusters`-th, and then its part of the stages of those that are left.
-template <class TILE> struct Work {
-    int stages, across, cluster, clusters, whole, begin, end;
-    // Clusters that share the stages of the tiles that are left, and how many these are.
-    int sharing;
-    u32 left;
-
-    __device__ __forceinline__ explicit Work(const Product &product)
-        : stages((product.cols + TILE::columns - 1) / TILE::columns), across((product.tokens + TILE::tokens - 1) / TILE::tokens),
-          cluster(blockIdx.x / TILE::cluster), clusters(gridDim.x / TILE::cluster) {
-        int outputs = TILE::cluster * outputs_of(product);
-        int tiles = across * ((product.outs + outputs - 1) / outputs);
-        whole = tiles / clusters;
-        left = static_cast<u32>(tiles - whole * clusters) * stages;
-        sharing = min(clusters, max(static_cast<int>(left) / LEAST_STAGES, 1));
-        begin = bound(min(cluster, sharing)), end = bound(min(cluster + 1, sharing));
-    }
-
-    // Outputs of a block, of each matrix.
-    static __device__ __forceinline__ int outputs_of(const Product &product) {
-        return product.second ? TILE::outputs / 2 : TILE::outputs;
-    }
-
-    // Where the part of a cluster begins.
-    __device__ __forceinline__ int bound(int cluster) const {
-        return static_cast<int>(static_cast<u64>(left) * cluster / sharing);
-    }
-
-    // The cluster whose part a stage is in.
-    __device__ __forceinline__ int owner(u32 stage) const {
-        return static_cast<int>((static_cast<u64>(stage + 1) * sharing - 1) / left);
-    }
-
-    __device__ __forceinline__ int count() const { return whole * stages + end - begin; }
-
-    // The tile and the stage in it that stage `at` of this cluster is.
-    __device__ __forceinline__ int2 locate(int at) const {
-        if (at < whole * stages) {
-            return {cluster + at / stages * clusters, at % stages};
-        }
-        int shared = begin + at - whole * stages;
-        return {whole * clusters + shared / stages, shared % stages};
-    }
-
-    __device__ __forceinline__ int first_row(int tile) const { return tile % across * TILE::tokens; }
-    __device__ __forceinline__ int first_out(const Product &product, int tile) const {
-        return (tile / across * TILE::cluster + static_cast<int>(rank_in_cluster())) * outputs_of(product);
-    }
-};
 
 // Brings stage after stage to shared memory, as many ahead as there is room for: what one thread does.
 template <class TILE> struct Copier {
@@ -104,8 +52,8 @@ template <class TILE> struct Copier {
     __device__ __forceinline__ void copy_weights(int at) const {
         Barrier &barrier = full[at % TILE::stages];
         u8 *to = stages + at % TILE::stages * TILE::stage_bytes + TILE::tokens * TILE::row_bytes;
-        int2 place = work.locate(at);
-        int first_out = work.first_out(product, place.x), column = place.y * TILE::columns;
+        StageOfTile place = work.locate(at);
+        int first_out = work.first_out(product, place.tile, rank_in_cluster()), column = place.stage * TILE::columns;
         barrier.expect(TILE::stage_bytes);
         copy_box(to, weights, first_out, column, barrier);
         if (product.second) {
@@ -116,8 +64,8 @@ template <class TILE> struct Copier {
     __device__ __forceinline__ void copy_tokens(int at) const {
         int begin = rank_in_cluster() * part;
         u8 *to = stages + at % TILE::stages * TILE::stage_bytes + begin * TILE::row_bytes;
-        int2 place = work.locate(at);
-        copy_box_to((1 << TILE::cluster) - 1, to, tokens, work.first_row(place.x) + begin, place.y * TILE::columns,
+        StageOfTile place = work.locate(at);
+        copy_box_to((1 << TILE::cluster) - 1, to, tokens, work.first_row(place.tile) + begin, place.stage * TILE::columns,
                     full[at % TILE::stages]);
     }
 
@@ -227,25 +175,15 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
         wait_for_launches_before();
         int count = work.count(), rank = rank_in_cluster();
         for (int at = 0; at < count;) {
-            int2 place = work.locate(at);
-            int tile = place.x, here = min(work.stages - place.y, count - at);
+            auto [tile, first] = work.locate(at);
+            int here = min(work.stages - first, count - at);
             float sums[1][TILE::tokens / 8][4] = {};
             multiply_stages<HALF, TILE>(at, here, stages, full, empty, sums[0]);
             at += here;
-            if (here < work.stages) {
-                int number = tile - work.whole * work.clusters;
-                int first = work.owner(number * work.stages), last = work.owner((number + 1) * work.stages - 1);
-                // A cluster has parts of two such tiles at most: the end of one, and the beginning of another.
-                auto sums_of = [&](int part) {
-                    size_t block = ((first + part) * 2 + (part == 0)) * TILE::cluster + rank;
-                    return product.partials + block * (TILE::tokens * TILE::outputs);
-                };
-                if (!gather_sums<TILE>(sums, last - first + 1, work.cluster - first, sums_of,
-                                       product.arrived + number * TILE::cluster + rank)) {
-                    continue;
-                }
+            if (here < work.stages && !work.gather(product, tile, rank, sums)) {
+                continue;
             }
-            store_results<TILE>(product, work.first_row(tile), work.first_out(product, tile), sums[0], results);
+            store_results<TILE>(product, work.first_row(tile), work.first_out(product, tile, rank), sums[0], results);
         }
     }
     // None leaves while another may still arrive at its barriers.

@@ -4,15 +4,15 @@
 // sums over a group of columns that shares one. Where elements have a minimum, that goes by the sum of the group's x, and so
 // codes are multiplied as 128 + code, which takes less to make: the sum of x has what is too much as well.
 //
-// A warp computes 32 rows of weights, the left operand, for TOKENS tokens; the warps of a block share the columns of the
-// same rows out, a step at a time, and their sums are added up in order. Codes go from memory to registers, and the next
-// step's begin to come as soon as this one's are used. x and scales pass through shared memory, each warp's own; a lane
-// decodes the scales of one row for all. Of a product's sixteen columns a lane takes four neighbouring ones: which is which
-// in a product is free where both operands agree, and so x needs no other order than it has.
+// A block computes 128 rows of weights, 32 for each warp, for TOKENS tokens. Stages of 256 columns pass through shared memory, as
+// the checkpoint stores them, while the ones before are multiplied. A lane decodes the scales of one row for all. Of a
+// product's sixteen columns a lane takes four neighbouring ones: which is which in a product is free where both operands
+// agree, and so x needs no other order than it has.
 #pragma once
 
 #include "formats.cuh"
-#include "product.cuh"
+#include "tile.cuh"
+#include "work.cuh"
 
 // Products of 16 rows of weights that a warp computes at a time. With two matrices it is one of each.
 constexpr int TILES = 2;
@@ -63,14 +63,12 @@ __device__ __forceinline__ u32 joined(const u32 *halves) { return __byte_perm(ha
 
 // The scales of a row in a step.
 template <Format TYPE> struct Scales {
-    static constexpr int groups = Step<TYPE>::columns / Step<TYPE>::group;
     static constexpr int count = Step<TYPE>::in_blocks            ? Step<TYPE>::units
                                  : TYPE == Q3_K                   ? 7
                                  : TYPE == Q4_K || TYPE == Q5_K ? 4
                                                                   : 5;
     // For each row of a group a scale, and a minimum over -128.
     static constexpr int floats = has_minimum(TYPE) ? 2 : 1;
-    static constexpr int bytes = groups * ROWS * 4 * floats;
 
     u32 words[count];
 
@@ -106,8 +104,8 @@ template <Format TYPE> struct Scales {
         return float_of_f16(static_cast<u16>(both >> index % 2 * 16));
     }
 
-    // Leaves them in `to`, which is this row's place in the first group.
-    __device__ __forceinline__ void decode(float *to) const {
+    // Leaves those of COUNT groups from `first` on in `to`, which is this row's place in the first of them.
+    template <int COUNT> __device__ __forceinline__ void decode(float *to, int first) const {
         if constexpr (Step<TYPE>::in_blocks) {
 #pragma unroll
             for (int i = 0; i < count; i++) {
@@ -141,10 +139,11 @@ template <Format TYPE> struct Scales {
             // A product with a scale is exact, whatever is subtracted.
             constexpr float zero = (TYPE == Q3_K ? 32.0f : TYPE == Q6_K ? 128.0f : 0.0f) * unit;
 #pragma unroll
-            for (int i = 0; i < groups; i++) {
-                float number = small_half(scales[i / 4], i % 4);
+            for (int i = 0; i < COUNT; i++) {
+                int group = first + i;
+                float number = small_half(scales[group / 4], group % 4);
                 float product = zero == 0.0f ? scale * number : fmaf(scale, number, scale * -zero);
-                store(to, i, product, minimum * small_half(minima[i / 4], i % 4));
+                store(to, i, product, minimum * small_half(minima[group / 4], group % 4));
             }
         }
     }
@@ -168,40 +167,33 @@ template <Format TYPE> struct Codes {
     static constexpr bool paired = TYPE == Q4_0 || TYPE == Q5_0 || TYPE == Q4_1 || TYPE == Q5_1;
     static constexpr int low_words = paired ? words : 2 * words;
     static constexpr int high_words = TYPE == Q5_0 ? 2 : TYPE == Q5_1 ? 1 : 0;
-    // High bits that all units share.
-    static constexpr int shared_words = TYPE == Q3_K || TYPE == Q6_K ? 4 : TYPE == Q5_K ? 2 : 0;
 
-    u32 low[Step<TYPE>::units][low_words], high[Step<TYPE>::units][high_words + 1], next[shared_words + 1], shared[2];
+    // A unit's, and those that all share.
+    u32 low[low_words], high[high_words + 1], shared[2];
 
     __device__ __forceinline__ void fetch_shared(const u8 *block, int at, int place) {
         if constexpr (TYPE == Q5_K) {
             uint2 both = *reinterpret_cast<const uint2 *>(block + 16 + 8 * place);
-            next[0] = both.x, next[1] = both.y;
-        } else if constexpr (shared_words > 0) {
+            shared[0] = both.x, shared[1] = both.y;
+        } else if constexpr (TYPE == Q3_K || TYPE == Q6_K) {
             const u8 *from = block + (TYPE == Q6_K ? 128 + at % 256 / 128 * 32 : 0) + 4 * place;
-            load_halves<2>(next, from);
-            load_halves<2>(next + 2, from + 16);
-        }
-    }
-
-    __device__ __forceinline__ void take_shared() {
-        if constexpr (TYPE == Q5_K) {
-            shared[0] = next[0], shared[1] = next[1];
-        } else if constexpr (shared_words > 0) {
-            shared[0] = joined(next), shared[1] = joined(next + 2);
+            u32 halves[4];
+            load_halves<2>(halves, from);
+            load_halves<2>(halves + 2, from + 16);
+            shared[0] = joined(halves), shared[1] = joined(halves + 2);
         }
     }
 
     __device__ __forceinline__ void fetch(const u8 *block, int at, int unit, int place) {
         const u8 *from = block + Step<TYPE>::byte_of_unit(at, unit);
-        u32 *to = low[unit];
+        u32 *to = low;
         if constexpr (TYPE == Q4_0 || TYPE == Q5_0) {
             load_halves<2>(to, from + (TYPE == Q4_0 ? 2 : 6) + 4 * place);
-            load_halves<high_words>(high[unit], from + 2);
+            load_halves<high_words>(high, from + 2);
         } else if constexpr (TYPE == Q4_1 || TYPE == Q5_1) {
             to[0] = word_at(from + (TYPE == Q4_1 ? 4 : 8) + 4 * place);
             if constexpr (TYPE == Q5_1) {
-                high[unit][0] = word_at(from + 4);
+                high[0] = word_at(from + 4);
             }
         } else if constexpr (TYPE == Q8_0) {
             load_halves<4>(to, from + 2 + 8 * place);
@@ -218,16 +210,16 @@ template <Format TYPE> struct Codes {
     }
 
     // The bytes that have four of them, and their high bits as `codes_of` takes them.
-    __device__ __forceinline__ u32 low_of(int unit, int piece) const {
-        const u32 *from = low[unit] + (paired ? 0 : words * piece);
-        return from_halves ? joined(from) : *from;
+    __device__ __forceinline__ u32 low_of(int piece) const {
+        int index = low_words > (from_halves ? 2 : 1) ? piece : 0;
+        return from_halves ? joined(low + 2 * index) : low[index];
     }
 
-    __device__ __forceinline__ u32 high_of(int unit, int piece, int place) const {
+    __device__ __forceinline__ u32 high_of(int piece, int place) const {
         if constexpr (TYPE == Q5_0) {
-            return high[unit][piece] >> 4 * place;
+            return high[piece] >> 4 * place;
         } else if constexpr (TYPE == Q5_1) {
-            return high[unit][0] >> (16 * piece + 4 * place);
+            return high[0] >> (16 * piece + 4 * place);
         } else {
             return shared[piece];
         }
@@ -272,127 +264,117 @@ template <Format TYPE> __device__ __forceinline__ void halves_of_codes(u32 low, 
     }
 }
 
-template <Format TYPE, int TOKENS> struct CodesWarp {
+// What a block computes at a time, and how a stage lies in shared memory: rows of weights, and then tokens.
+template <Format TYPE, int TOKENS> struct CodesTile {
+    static constexpr int warps = 4, threads = 32 * warps;
+    static constexpr int tokens = TOKENS, outputs = ROWS * warps, columns = 256;
+    static constexpr int cluster = 1, least_stages = 1;
+    static constexpr bool takes_turns = false;
+    static __device__ __forceinline__ void wait() { __syncthreads(); }
+
+    // Bytes of a stage in a row of weights, and the pieces of sixteen that they may lie in.
+    static constexpr int bytes = columns / block_elements(TYPE) * block_bytes(TYPE);
+    static constexpr int pieces = (bytes + (bytes % 16 ? 14 : 0) + 15) / 16;
+    // Rows that are read at once lie in different banks.
+    static constexpr int row_stride = 16 * pieces + (pieces % 8 == 0 ? 16 : 0);
+    static constexpr int token_stride = 2 * columns + (Step<TYPE>::wide ? 64 : 32);
+    static constexpr int stage_bytes = outputs * row_stride + tokens * token_stride;
+    // So many that two blocks fit on a multiprocessor.
+    static constexpr int stages = stage_bytes > 32 * 1024 ? 2 : 3;
+    // Columns whose scales are decoded at a time, and room for them, each warp's own.
+    static constexpr int decoded = Step<TYPE>::columns < 128 ? Step<TYPE>::columns : 128;
+    static constexpr int scales_bytes = decoded / Step<TYPE>::group * ROWS * 4 * Scales<TYPE>::floats;
+
+    // Where a sum lies in shared memory in the end. With two matrices the upper half of the columns are the second's.
+    static __device__ __forceinline__ int sum_at(int row, int column) { return row * (outputs + 4) + column; }
+    static_assert(4 * tokens * (outputs + 4) <= stages * stage_bytes, "the sums fit into the stages");
+};
+
+template <Format TYPE, int TOKENS> struct CodesBlock {
+    typedef CodesTile<TYPE, TOKENS> Tile;
     typedef ::Step<TYPE> Step;
     static constexpr int token_tiles = TOKENS / 8;
-    // x comes in chunks of so many columns, two of which are in shared memory. Rows of it are apart so that those which are
-    // read at once lie in different banks.
-    static constexpr int chunk = Step::columns < 128 ? Step::columns : 128;
-    static constexpr int chunks = Step::columns / chunk;
-    // Otherwise the compiler runs further ahead than there are registers for.
-    static constexpr bool rolled = TYPE == Q5_K || (TYPE == Q4_K && (TOKENS > 8 || IS_LATER));
-    static constexpr int token_bytes = 2 * chunk + (Step::wide ? 64 : 32);
-    static constexpr int chunk_bytes = TOKENS * token_bytes;
-    // And what else is there: scales, and where the tokens lie.
-    static constexpr int scales_byte = 2 * chunk_bytes, tokens_byte = scales_byte + Scales<TYPE>::bytes;
-    static constexpr int warp_bytes = tokens_byte + 8 * TOKENS;
-    // Where sums are left: rows of a token are side by side.
-    static constexpr int sum_stride = ROWS + 4;
-    static_assert(4 * TOKENS * sum_stride <= 2 * chunk_bytes, "sums have room where x was");
 
     const Product &product;
     u8 *shared;
-    int lane, group, place;
-    // Where the step that is fetched next begins, in the first row of each tile of which this lane has codes; and how far behind
-    // that is the second.
-    const u8 *weights[TILES];
-    int second[TILES];
-    Codes<TYPE> codes[ROWS / 8];
-    Scales<TYPE> scales;
-    int tokens;
+    int warp, lane, group, place;
+    // Those of the tile.
+    Rows rows;
+    int first_row, first_out;
+    // Rows of weights that this thread brings pieces of, and how many outputs there are from each on: see `find_rows`.
+    const u8 *weights[3];
+    int left[3];
     // -128 as BF16, an operand of tensor cores. Were they constants, the compiler would copy them for each product.
     u32 minus_128[4];
     float totals[TILES][token_tiles][4];
 
-    __device__ __forceinline__ const u8 *row_at(int row, int first_out, size_t matrix, size_t bytes) const {
-        int out = min(first_out + (product.second ? row % 16 : row), product.outs - 1);
-        return (product.second && row >= 16 ? product.second : product.weights) + matrix + out * bytes;
+    __device__ __forceinline__ u8 *stage_at(int stage) const { return shared + stage % Tile::stages * Tile::stage_bytes; }
+    __device__ __forceinline__ float *scales() const {
+        return reinterpret_cast<float *>(shared + Tile::stages * Tile::stage_bytes + warp * Tile::scales_bytes);
     }
 
-    __device__ __forceinline__ void find_weights(int first_out, size_t matrix, size_t bytes) {
+    // Where in its first piece a stage begins.
+    static __device__ __forceinline__ int first_byte(int stage) { return stage * Tile::bytes % 16; }
+
+    // Finds the rows of the tile of which this thread brings pieces. Eight neighbouring threads bring eight pieces of a row, of
+    // every sixteenth row; what is over each thread brings of a row of its own.
+    __device__ __forceinline__ void find_rows(size_t matrix) {
+        size_t bytes = row_bytes<TYPE>(product.cols);
+        int row = threadIdx.x / 8, own = threadIdx.x % ROWS;
+        const u8 *other = product.second ? product.second : product.weights;
+        int above = product.second ? 0 : ROWS / 2, warps = threadIdx.x / ROWS * outs_of_warp();
+        left[0] = product.outs - first_out - row, left[1] = left[0] - above, left[2] = product.outs - first_out - warps;
+        left[2] -= own < ROWS / 2 ? own : own - ROWS / 2 + above;
+        weights[0] = product.weights + matrix + (product.outs - left[0]) * bytes;
+        weights[1] = other + matrix + (product.outs - left[1]) * bytes;
+        weights[2] = (own < ROWS / 2 ? product.weights : other) + matrix + (product.outs - left[2]) * bytes;
+    }
+
+    // Of each matrix.
+    __device__ __forceinline__ int outs_of_warp() const { return product.second ? ROWS / 2 : ROWS; }
+
+    // Starts to bring the weights of a stage. Zeros take the place of what isn't there, scales too.
+    __device__ __forceinline__ void copy_weights(int stage) const {
+        constexpr int whole = Tile::pieces / 8, over = Tile::pieces % 8;
+        size_t bytes = row_bytes<TYPE>(product.cols), begin = static_cast<size_t>(stage) * Tile::bytes / 16 * 16;
+        int here = static_cast<int>(bytes - begin), outs = outs_of_warp();
+        size_t apart = outs * bytes;
+        auto copy = [&](u8 *to, const u8 *from, int piece, bool exists) {
+            exists = exists && 16 * piece < here;
+            copy_async(to + 16 * piece, exists ? from + begin + 16 * piece : product.weights, exists);
+        };
+        u8 *to = stage_at(stage);
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            weights[tile] = row_at(16 * tile + group, first_out, matrix, bytes);
-            second[tile] = static_cast<int>(row_at(16 * tile + 8 + group, first_out, matrix, bytes) - weights[tile]);
+        for (int i = 0; i < whole * Tile::warps * 2; i++) {
+            int half = i % 2, of_warp = i / 2 % Tile::warps, piece = i / 2 / Tile::warps * 8 + threadIdx.x % 8;
+            copy(to + (threadIdx.x / 8 + of_warp * ROWS + half * (ROWS / 2)) * Tile::row_stride, weights[half] + of_warp * apart,
+                 piece, of_warp * outs < left[half]);
         }
-    }
-
-    // The same of a row that this lane has codes of.
-    __device__ __forceinline__ const u8 *step_of(int row) const { return weights[row / 2] + (row % 2 ? second[row / 2] : 0); }
-
-    // Goes from one step to another.
-    __device__ __forceinline__ void move(int from, int to) {
-        long long bytes = to / block_elements(TYPE) - from / block_elements(TYPE);
-        bytes *= block_bytes(TYPE);
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-            weights[tile] += bytes;
+        for (int i = 0; i < over; i++) {
+            copy(to + threadIdx.x * Tile::row_stride, weights[2], 8 * whole + i, left[2] > 0);
         }
     }
 
-    __device__ __forceinline__ const u16 **token_at(int token) const {
-        return reinterpret_cast<const u16 **>(shared + tokens_byte) + token;
-    }
-
-    // Finds the tokens from row `first` on; in place of those that aren't there, one that is.
-    __device__ __forceinline__ void find_tokens(int first, int end) {
-        tokens = end - first;
-        for (int token = lane; token < TOKENS; token += 32) {
-            *token_at(token) = product.halves + place_of(product, min(first + token, end - 1)) * product.halves_stride;
-        }
-        __syncwarp();
-    }
-
-    __device__ __forceinline__ void fetch_scales(int at) {
-        if (at < product.cols) {
-            // Of the row that is `place` of those whose codes this lane has. Chosen by masks: with branches the compiler puts
-            // all of them into memory.
-            u64 in_last = -static_cast<u64>(place / 2), below = -static_cast<u64>(place % 2);
-            u64 first = reinterpret_cast<u64>(weights[0]) & ~in_last, last = reinterpret_cast<u64>(weights[1]) & in_last;
-            u64 offset = ((second[0] & ~in_last) | (second[1] & in_last)) & below;
-            scales.fetch(reinterpret_cast<const u8 *>((first | last) + offset), at, product.cols);
-        }
-    }
-
-    __device__ __forceinline__ void fetch_shared(int at) {
-        if (at < product.cols) {
+    __device__ __forceinline__ void copy_tokens(int stage) const {
+        constexpr int pieces = Tile::columns / 8;
+        u8 *to = stage_at(stage) + Tile::outputs * Tile::row_stride;
 #pragma unroll
-            for (int i = 0; i < ROWS / 8; i++) {
-                codes[i].fetch_shared(step_of(i), at, place);
+        for (int i = 0; i < TOKENS * pieces / Tile::threads; i++) {
+            int index = threadIdx.x + i * Tile::threads, token = index / pieces, piece = index % pieces;
+            int row = first_row + token, column = stage * Tile::columns + 8 * piece;
+            bool exists = row < rows.end && column < product.cols;
+            const u16 *from = product.halves;
+            if (exists) {
+                from += place_of(product, row) * product.halves_stride + column;
             }
+            copy_async(to + token * Tile::token_stride + 16 * piece, from, exists);
         }
     }
 
-    // Leaves what isn't there as it was: it is multiplied with zeros.
-    __device__ __forceinline__ void fetch_unit(int at, int unit) {
-        if (at + (Step::in_blocks ? 32 * unit : 0) < product.cols) {
-#pragma unroll
-            for (int i = 0; i < ROWS / 8; i++) {
-                codes[i].fetch(step_of(i), at, unit, place);
-            }
-        }
-    }
-
-    // Starts to bring the chunk of x at column `at` to place `to`.
-    __device__ __forceinline__ void copy_x(int at, int to) {
-        if (at < product.cols) {
-            u8 *chunk_at = shared + to * chunk_bytes + group * token_bytes + 16 * place;
-#pragma unroll
-            for (int tile = 0; tile < token_tiles; tile++) {
-                const u16 *from = *token_at(8 * tile + group) + at + 8 * place;
-#pragma unroll
-                for (int i = 0; i < chunk / 32; i++) {
-                    bool exists = 8 * tile + group < tokens && (!Step::in_blocks || at + 32 * i < product.cols);
-                    copy_async(chunk_at + tile * 8 * token_bytes + 64 * i, from + (Step::in_blocks && !exists ? 0 : 32 * i), exists);
-                }
-            }
-        }
-        commit_copies();
-    }
-
-    // The x of 32 columns from column `column` of a chunk on: two products' words.
-    __device__ __forceinline__ void load_x(const u8 *chunk_at, int tile, int column, u32 (&words)[4]) const {
-        const u8 *token = chunk_at + (8 * tile + group) * token_bytes + 2 * column;
+    // The x of 32 columns from column `column` of a stage on: two products' words.
+    __device__ __forceinline__ void load_x(const u8 *tokens, int tile, int column, u32 (&words)[4]) const {
+        const u8 *token = tokens + (8 * tile + group) * Tile::token_stride + 2 * column;
         if constexpr (Step::wide) {
             uint4 all = *reinterpret_cast<const uint4 *>(token + 16 * place);
             words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
@@ -403,13 +385,9 @@ template <Format TYPE, int TOKENS> struct CodesWarp {
         }
     }
 
-    // The place of a row of the first group.
-    __device__ __forceinline__ float *scales_at(int row) const {
-        return reinterpret_cast<float *>(shared + scales_byte) + row * Scales<TYPE>::floats;
-    }
-
-    // Multiplies 32 columns.
-    __device__ __forceinline__ void multiply(const u8 *chunk_at, int unit, int member) {
+    // Multiplies 32 columns, from column `column` of a step on, which begins at column `begin` of the stage.
+    __device__ __forceinline__ void multiply(const u8 *tokens, const Codes<TYPE> (&codes)[ROWS / 8], int begin, int unit,
+                                             int member) {
         constexpr int groups = 32 / Step::group;
         int column = Step::column_of(unit, member);
         u32 words[token_tiles][4];
@@ -417,7 +395,7 @@ template <Format TYPE, int TOKENS> struct CodesWarp {
         float surplus[token_tiles][groups][4] = {};
 #pragma unroll
         for (int token_tile = 0; token_tile < token_tiles; token_tile++) {
-            load_x(chunk_at, token_tile, column % chunk, words[token_tile]);
+            load_x(tokens, token_tile, begin + column, words[token_tile]);
             if constexpr (has_minimum(TYPE)) {
 #pragma unroll
                 for (int piece = 0; piece < 2; piece++) {
@@ -436,13 +414,13 @@ template <Format TYPE, int TOKENS> struct CodesWarp {
 #pragma unroll
                 for (int piece = 0; piece < 2; piece++) {
                     int in_block = (column + (Step::wide ? 0 : 16 * piece)) % block_elements(TYPE);
-                    halves_of_codes<TYPE>(row.low_of(unit, piece), row.high_of(unit, piece, place), in_block, a[piece][half],
+                    halves_of_codes<TYPE>(row.low_of(piece), row.high_of(piece, place), in_block, a[piece][half],
                                           a[piece][2 + half]);
                 }
 #pragma unroll
                 for (int index = 0; index < groups; index++) {
-                    const float *from = scales_at(group) + 8 * (2 * tile + half) * Scales<TYPE>::floats;
-                    from += (column / Step::group + index) * ROWS * Scales<TYPE>::floats;
+                    const float *from = scales() + (group + 8 * (2 * tile + half)) * Scales<TYPE>::floats;
+                    from += (column % Tile::decoded / Step::group + index) * ROWS * Scales<TYPE>::floats;
                     if constexpr (has_minimum(TYPE)) {
                         float2 both = *reinterpret_cast<const float2 *>(from);
                         factors[index][half] = both.x, least[index][half] = both.y;
@@ -476,130 +454,139 @@ template <Format TYPE, int TOKENS> struct CodesWarp {
         }
     }
 
-    // Multiplies the steps from column `at` on that are `stride` apart, the first of which has been fetched.
-    __device__ __forceinline__ void multiply_steps(int at, int stride) {
+    // Multiplies a stage that is there.
+    __device__ __forceinline__ void multiply_stage(int stage) {
+        const u8 *of_warp = stage_at(stage) + warp * ROWS * Tile::row_stride + first_byte(stage);
+        const u8 *tokens = stage_at(stage) + Tile::outputs * Tile::row_stride;
+#pragma unroll 1
+        for (int begin = 0; begin < Tile::columns; begin += Step::columns) {
+            const u8 *step = of_warp + begin / block_elements(TYPE) * block_bytes(TYPE);
+            auto row_at = [&](int row) { return step + row * Tile::row_stride; };
+            Codes<TYPE> codes[ROWS / 8];
+#pragma unroll
+            for (int i = 0; i < ROWS / 8; i++) {
+                codes[i].fetch_shared(row_at(8 * i + group), begin, place);
+            }
+            Scales<TYPE> row_scales;
+            row_scales.fetch(row_at(8 * place + group), begin, begin + Step::columns);
+#pragma unroll
+            for (int decoded = 0; decoded < Step::columns; decoded += Tile::decoded) {
+                constexpr int groups = Tile::decoded / Step::group;
+                row_scales.template decode<groups>(scales() + (8 * place + group) * Scales<TYPE>::floats, decoded / Step::group);
+                __syncwarp();
+                constexpr int units = Step::units * Tile::decoded / Step::columns;
+#pragma unroll 1
+                for (int unit = decoded / Tile::decoded * units; unit < (decoded / Tile::decoded + 1) * units; unit++) {
+#pragma unroll
+                    for (int i = 0; i < ROWS / 8; i++) {
+                        codes[i].fetch(row_at(8 * i + group), begin, unit, place);
+                    }
+#pragma unroll
+                    for (int member = 0; member < Step::members; member++) {
+                        multiply(tokens, codes, begin, unit, member);
+                    }
+                }
+                __syncwarp();
+            }
+        }
+    }
+
+    // Sums the stages from `first` on, `count` of them. `begin` is called when weights have been asked for and before tokens are.
+    template <class Begin> __device__ __forceinline__ void multiply_stages(int first, int count, Begin begin) {
 #pragma unroll
         for (int i = 0; i < TILES * token_tiles * 4; i++) {
             totals[i / 4 / token_tiles][i / 4 % token_tiles][i % 4] = 0.0f;
         }
-        auto column_of_chunk = [&](int index) { return at + index / chunks * stride + index % chunks * chunk; };
-        copy_x(column_of_chunk(0), 0);
-        copy_x(column_of_chunk(1), 1);
-        int turn = 0;
+        int end = first + count;
+        for (int stage = first; stage < min(first + Tile::stages - 1, end); stage++) {
+            copy_weights(stage);
+        }
+        begin();
+        for (int stage = first; stage < first + Tile::stages - 1; stage++) {
+            if (stage < end) {
+                copy_tokens(stage);
+            }
+            commit_copies();
+        }
 #pragma unroll 1
-        for (; at < product.cols; at += stride) {
-            int next = at + stride;
-            move(at, next);
-            scales.decode(scales_at(8 * place + group));
-#pragma unroll
-            for (int i = 0; i < ROWS / 8; i++) {
-                codes[i].take_shared();
+        for (int stage = first; stage < end; stage++) {
+            wait_for_copies<Tile::stages - 2>();
+            __syncthreads();
+            int next = stage + Tile::stages - 1;
+            if (next < end) {
+                copy_weights(next);
+                copy_tokens(next);
             }
-#pragma unroll
-            for (int index = 0; index < chunks; index++) {
-                if (index == chunks - 1) {
-                    fetch_scales(next);
-                    fetch_shared(next);
-                }
-                wait_for_copies<1>();
-                __syncwarp();
-                const u8 *chunk_at = shared + turn * chunk_bytes;
-                constexpr int units = Step::units / chunks;
-#pragma unroll
-                for (int unit = index * units; unit < (index + 1) * units; unit++) {
-#pragma unroll(rolled ? 1 : Step::members)
-                    for (int member = 0; member < Step::members; member++) {
-                        multiply(chunk_at, unit, member);
-                    }
-                    fetch_unit(next, unit);
-                }
-                __syncwarp();
-                copy_x(column_of_chunk(index + 2), turn);
-                turn ^= 1;
-            }
+            commit_copies();
+            multiply_stage(stage);
         }
         wait_for_copies<0>();
-        __syncwarp();
+        __syncthreads();
     }
 
-    // Leaves the sums where x was.
-    __device__ __forceinline__ void leave_sums() {
+    // Takes in the results of the tile.
+    __device__ __forceinline__ void store() const {
         float *sums = reinterpret_cast<float *>(shared);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
+            int column = product.second ? (warp + tile * Tile::warps) * 16 : warp * ROWS + 16 * tile;
 #pragma unroll
             for (int i = 0; i < 4 * token_tiles; i++) {
-                int token = i / 4 * 8 + 2 * place + i % 2, row = 16 * tile + group + i % 4 / 2 * 8;
-                sums[token * sum_stride + row] = totals[tile][i / 4][i % 4];
+                int token = i / 4 * 8 + 2 * place + i % 2;
+                sums[Tile::sum_at(token, column + group + i % 4 / 2 * 8)] = totals[tile][i / 4][i % 4];
             }
         }
+        __syncthreads();
+        store_tile<Tile>(product, rows, first_row, first_out, sums);
+        __syncthreads();
     }
 };
 
-// Adds up what all warps have left.
-template <class WARP>
-__device__ __forceinline__ void store_sums(const Product &product, const u8 *shared, int first, int count, int first_out,
-                                           int outs) {
-    for (int i = threadIdx.x; i < count * outs; i += blockDim.x) {
-        int token = i / outs, out = first_out + i % outs;
-        if (out < product.outs) {
-            float sums[2] = {};
-            for (int other = 0; other < static_cast<int>(blockDim.x) / 32; other++) {
-                const float *found = reinterpret_cast<const float *>(shared + other * WARP::warp_bytes);
-                found += token * WARP::sum_stride + i % outs;
-                sums[0] += found[0];
-                sums[1] += product.second ? found[ROWS / 2] : 0.0f;
-            }
-            store_result(product, first + token, out, result_of(product, first + token, out, sums[0], sums[1]));
-        }
-    }
-}
-
-// Blocks in x are outputs, 32 or with two matrices 16; in y tiles of TOKENS rows; in z experts. A block has any number of
-// warps, and shared memory for each.
+// Without experts, blocks in x share all tiles out; with them, blocks in x are tiles of outputs, in y of rows, in z experts.
 template <Format TYPE, int TOKENS> __device__ __forceinline__ void multiply_codes(const Product &product) {
-    typedef CodesWarp<TYPE, TOKENS> Warp;
+    typedef CodesTile<TYPE, TOKENS> Tile;
     DYNAMIC_SHARED(u8, shared);
     // So that the compiler sees that a warp's lanes do the same.
-    int warp = __shfl_sync(ALL_LANES, warp_of_thread(), 0);
-    int warps = blockDim.x / 32, lane = lane_of_thread();
-    if (product.offsets) {
-        wait_for_launches_before();
-    }
-    Rows rows = rows_of(product);
-    int first = rows.begin + blockIdx.y * TOKENS;
-    if (first >= rows.end) {
-        return;
-    }
-    size_t bytes = row_bytes<TYPE>(product.cols);
-    size_t matrix = product.offsets ? blockIdx.z * static_cast<size_t>(product.outs) * bytes : 0;
-    int outs = product.second ? ROWS / 2 : ROWS, first_out = blockIdx.x * outs;
-    int begin = warp * Warp::Step::columns, stride = warps * Warp::Step::columns;
-    Warp mine = {product, shared + warp * Warp::warp_bytes, lane, lane / 4, lane % 4, {}, {}, {}, {}, 0, {}, {}};
+    int warp = __shfl_sync(ALL_LANES, warp_of_thread(), 0), lane = lane_of_thread();
+    CodesBlock<TYPE, TOKENS> block = {product, shared, warp, lane, lane / 4, lane % 4, {}, 0, 0, {}, {}, {}, {}};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        mine.minus_128[i] = __shfl_sync(ALL_LANES, product.cols < lane - 32 ? 0 : 0xc300c300, i);
+        block.minus_128[i] = __shfl_sync(ALL_LANES, product.cols < lane - 32 ? 0 : 0xc300c300, i);
     }
-    mine.find_weights(first_out, matrix, bytes);
-    mine.move(0, begin);
-    // Weights come while the launch before this ends.
-    mine.fetch_scales(begin);
-    mine.fetch_shared(begin);
-#pragma unroll
-    for (int unit = 0; unit < Warp::Step::units; unit++) {
-        mine.fetch_unit(begin, unit);
+    if (product.offsets) {
+        wait_for_launches_before();
+        block.rows = rows_of(product);
+        block.first_row = block.rows.begin + blockIdx.y * TOKENS;
+        if (block.first_row >= block.rows.end) {
+            return;
+        }
+        block.first_out = blockIdx.x * Work<Tile>::outputs_of(product);
+        block.find_rows(blockIdx.z * static_cast<size_t>(product.outs) * row_bytes<TYPE>(product.cols));
+        block.multiply_stages(0, (product.cols + Tile::columns - 1) / Tile::columns, [] {});
+        block.store();
+        return;
     }
-    if (!product.offsets) {
+    block.rows = {0, product.tokens};
+    Work<Tile> work(product);
+    int count = work.count();
+    if (count == 0) {
         wait_for_launches_before();
     }
-    // What is needed afterwards takes no registers till then.
-    __shared__ int kept[4];
-    if (threadIdx.x == 0) {
-        kept[0] = first, kept[1] = min(TOKENS, rows.end - first), kept[2] = first_out, kept[3] = outs;
+    for (int at = 0; at < count;) {
+        auto [tile, first] = work.locate(at);
+        int here = min(work.stages - first, count - at);
+        block.first_row = work.first_row(tile), block.first_out = work.first_out(product, tile, 0);
+        block.find_rows(0);
+        bool is_first = at == 0;
+        // Weights come while the launch before this ends.
+        block.multiply_stages(first, here, [&] {
+            if (is_first) {
+                wait_for_launches_before();
+            }
+        });
+        at += here;
+        if (here == work.stages || work.gather(product, tile, 0, block.totals)) {
+            block.store();
+        }
     }
-    mine.find_tokens(first, rows.end);
-    mine.multiply_steps(begin, stride);
-    mine.leave_sums();
-    __syncthreads();
-    store_sums<Warp>(product, shared, kept[0], kept[1], kept[2], kept[3]);
 }

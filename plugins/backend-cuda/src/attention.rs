@@ -12,13 +12,12 @@ pub const PART_TOKENS: usize = 128;
 pub const TILE_QUERIES: usize = 8;
 /// How many tokens a row must have for tensor cores.
 pub const LEAST_DENSE: usize = 8;
-/// Queries in a tile, warps of a block, positions that a warp takes at a time, and times that it has room for those, as in
-/// `kernels/decode.cu`; and how many blocks of it a multiprocessor has room for.
+/// Queries in a tile, warps of a block, and positions that a warp takes at a time, as in `kernels/decode.cu`; and how many
+/// blocks of it a multiprocessor has room for.
 pub const DECODE_QUERIES: usize = 16;
 const DECODE_WARPS: usize = 4;
 pub const DECODE_STEP: usize = 16;
-const DECODE_STAGES: usize = 2;
-const DECODE_BLOCKS: usize = 3;
+const DECODE_BLOCKS: usize = 2;
 /// Threads of a block that writes keys and values; each takes four columns of a head at a time.
 const WRITE_THREADS: usize = 256;
 /// Times that a device full of blocks is wanted, so that the last ones leave little of it idle.
@@ -49,7 +48,7 @@ pub struct Decode {
 impl Decode {
     /// Dynamic shared memory, for heads of at most `head` columns.
     pub fn shared_bytes(head: usize) -> usize {
-        2 * DECODE_WARPS * DECODE_STAGES * 2 * DECODE_STEP * head
+        4 * DECODE_WARPS * DECODE_QUERIES * (head + 4)
     }
 
     /// Blocks that the device runs at once.

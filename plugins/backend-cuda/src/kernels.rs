@@ -38,6 +38,7 @@ const HEADERS: &[(&str, &str)] = files![
     "tile.cuh",
     "tma.cuh",
     "wgmma.cuh",
+    "work.cuh",
 ];
 
 const SOURCES: &[(&str, &str)] = files![

@@ -16,8 +16,8 @@ use crate::layout::Layout;
 use crate::ops::{self, Op, Operand};
 use crate::plan::{PARTIALS_BYTES, PendingAttention};
 use crate::product::{
-    BULK_TILES, CODES, Codes, Dense, ExpertRows, HOPPER_TILES, Half, Halves, Maps, Output, PORTABLE_TILES, Product, ProductKernels, Shares,
-    Tile,
+    BULK_TILES, CODES, Codes, CodesTile, Dense, ExpertRows, HOPPER_TILES, Half, Halves, Maps, Output, PORTABLE_TILES,
+    Product, ProductKernels, Shares, Tile,
 };
 use crate::step::Tiling;
 use crate::storage::stride;
@@ -213,19 +213,24 @@ impl Lowering<'_, '_> {
             let tiles = if self.kernels.is_hopper() { HOPPER_TILES } else { PORTABLE_TILES };
             Some(Dense { tiles, kernels: self.tile_kernels(dtype, tiles)?, maps: None })
         };
-        let codes = if self.batch_invariant || dtype.is_float() { None } else { Some(self.codes(dtype)?) };
+        let codes = self.codes(dtype, cols)?;
         Ok(ProductKernels { one: one?, few: few?, many: many?, dense, codes })
     }
 
-    /// The kernels for few rows and quantized weights.
-    fn codes(&mut self, dtype: DType) -> Result<Codes> {
+    /// The kernels for few rows and quantized weights of `cols` columns.
+    fn codes(&mut self, dtype: DType, cols: usize) -> Result<Option<Codes>> {
+        if self.batch_invariant || !CodesTile::takes(dtype, cols) {
+            return Ok(None);
+        }
         let unit = kernels::Unit { file: "codes", format: Some(dtype) };
-        let shared_bytes = self.device.shared_bytes()?;
-        let kernels = CODES.iter().map(|rows| {
-            let kernel = self.kernels.get(unit, rows.name)?;
-            kernel.allow_shared(rows.most_bytes(shared_bytes)).map(|()| kernel)
+        let most_shared_bytes = self.device.shared_bytes()?;
+        let fitting =
+            CODES.iter().map(|tile| (tile, tile.shared_bytes(dtype))).filter(|(_, bytes)| *bytes <= most_shared_bytes);
+        let kernels = fitting.map(|(tile, bytes)| {
+            let kernel = self.kernels.get(unit, tile.name)?;
+            kernel.allow_shared(bytes).map(|()| (kernel, bytes))
         });
-        Ok(Codes { kernels: kernels.collect::<Result<_>>()?, dtype, shared_bytes })
+        Ok(Some(Codes { kernels: kernels.collect::<Result<_>>()?, most_shared_bytes }))
     }
 
     /// The kernels for weights of `outs` by `cols` in halves on Hopper, for at most `rows` rows; none for others.

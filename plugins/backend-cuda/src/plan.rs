@@ -14,7 +14,7 @@ use crate::kv::Pages;
 use crate::layout::Layout;
 use crate::lowering::Lowering;
 use crate::ops::{Op, Operand};
-use crate::product::{FEW_ROWS, Half};
+use crate::product::{CodesTile, FEW_ROWS, Half};
 use crate::step::Tiling;
 use crate::weights::Weights;
 
@@ -157,8 +157,11 @@ pub fn lower(
     let logits = lowering.layout.value(logits);
     let Lowering { tilings, attention, memory, .. } = lowering;
     // For few rows there are kernels that bring weights as fast as memory gives them: on Hopper for halves, and for codes.
-    let is_fast = |dtype: DType| !dtype.is_float() || (dense_file == "hopper" && dtype != DType::F32);
-    let are_fast = units.iter().flat_map(weights_of).all(|id| is_fast(weights.dtype(id)));
+    let is_fast = |id| {
+        let (dtype, cols) = (weights.dtype(id), graph.weight(id).shape.last().copied().unwrap_or(0));
+        CodesTile::takes(dtype, cols) || (dense_file == "hopper" && matches!(dtype, DType::F16 | DType::BF16))
+    };
+    let are_fast = units.iter().flat_map(weights_of).all(is_fast);
     let dense_rows = if are_fast { 1 } else { FEW_ROWS + 1 };
     let plan =
         Plan { tokens: token_ops, wanted: wanted_ops, logits, wants, tilings, batch_invariant, dense_rows, memory };
@@ -191,7 +194,7 @@ fn needed(
                 if file == "hopper" && is_alone && is_half {
                     add("bulk", Some(dtype));
                 }
-                if !dtype.is_float() {
+                if CodesTile::takes(dtype, cols) {
                     add("codes", Some(dtype));
                 }
             }

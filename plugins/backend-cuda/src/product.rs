@@ -82,60 +82,64 @@ pub struct ProductKernels {
     pub codes: Option<Codes>,
 }
 
-/// Those for a few rows and quantized weights on tensor cores, by how many rows they take at a time.
+/// Those for a few rows and quantized weights on tensor cores.
 #[derive(Clone, Debug)]
 pub struct Codes {
-    /// In the order of [`CODES`].
-    pub kernels: Vec<Kernel>,
-    pub dtype: DType,
-    /// What a block may have.
-    pub shared_bytes: usize,
+    /// In the order of [`CODES`], as many as there is shared memory for: with that of a block.
+    pub kernels: Vec<(Kernel, usize)>,
+    /// What a block may have of it.
+    pub most_shared_bytes: usize,
 }
 
-/// Rows that a kernel of `codes.cu` takes at a time.
+/// A kernel of `codes.cu`, by how many rows it takes at a time.
 #[derive(Clone, Copy, Debug)]
-pub struct Rows {
+pub struct CodesTile {
     pub name: &'static str,
-    pub count: usize,
-    /// Warps of a block at most, by registers, as many as a multiprocessor should have.
-    warps: usize,
+    rows: usize,
+    /// Blocks that a multiprocessor has registers for.
+    blocks: usize,
 }
 
-pub const CODES: [Rows; 3] = [
-    Rows { name: "codes_8", count: 8, warps: 16 },
-    Rows { name: "codes_16", count: 16, warps: 12 },
-    Rows { name: "codes_32", count: 32, warps: 8 },
+pub const CODES: [CodesTile; 3] = [
+    CodesTile { name: "codes_8", rows: 8, blocks: 3 },
+    CodesTile { name: "codes_16", rows: 16, blocks: 3 },
+    CodesTile { name: "codes_32", rows: 32, blocks: 2 },
 ];
-/// Rows of weights that a warp of these takes.
-const CODES_OUTS: usize = 32;
+/// Rows of weights that a block of these takes, its threads, and the columns of a stage.
+const CODES_OUTS: usize = 128;
+const CODES_THREADS: usize = 128;
+const CODES_COLS: usize = 256;
 
-impl Rows {
-    /// Shared memory of a warp, for any format.
-    fn warp_bytes(&self) -> usize {
-        648 * self.count + 4096
+impl CodesTile {
+    /// Whether there is such a kernel for weights of `cols` columns: their rows are copied sixteen bytes at a time.
+    pub fn takes(dtype: DType, cols: usize) -> bool {
+        !dtype.is_float() && dtype.size_of(&[cols]).is_some_and(|bytes| bytes.is_multiple_of(16))
     }
 
-    fn most_warps(&self, shared_bytes: usize) -> usize {
-        self.warps.min(shared_bytes / self.warp_bytes()).max(1)
+    /// Shared memory of a block: that of `CodesTile` in `codes.cuh`.
+    pub fn shared_bytes(&self, dtype: DType) -> usize {
+        let (rows_of_16, wide) = (
+            matches!(dtype, DType::Q2K | DType::Q3K | DType::Q6K),
+            matches!(dtype, DType::Q8_0 | DType::Q4K | DType::Q5K),
+        );
+        let has_minimum = matches!(dtype, DType::Q4_1 | DType::Q5_1 | DType::Q2K | DType::Q4K | DType::Q5K);
+        let bytes = CODES_COLS / dtype.block_len() * dtype.block_bytes();
+        let pieces = (bytes + if bytes.is_multiple_of(16) { 0 } else { 14 }).div_ceil(16);
+        let row_stride = 16 * pieces + if pieces.is_multiple_of(8) { 16 } else { 0 };
+        let stage = CODES_OUTS * row_stride + self.rows * (2 * CODES_COLS + if wide { 64 } else { 32 });
+        let stages = if stage > 32 << 10 { 2 } else { 3 };
+        let decoded = if matches!(dtype, DType::Q5_0 | DType::Q8_0) { 64 } else { 128 };
+        let groups = decoded / if rows_of_16 { 16 } else { 32 };
+        stages * stage + groups * CODES_OUTS * if has_minimum { 8 } else { 4 }
     }
 
-    /// Shared memory of a block at most, where one may have `shared_bytes`.
-    pub fn most_bytes(&self, shared_bytes: usize) -> usize {
-        self.most_warps(shared_bytes) * self.warp_bytes()
-    }
-
-    /// Warps that share the columns of `tiles` tiles of weights out: enough to keep memory busy, if each has a step.
-    fn warps(&self, tiles: usize, cols: usize, codes: (DType, usize), multiprocessors: usize) -> usize {
-        let (dtype, most) = (codes.0, self.most_warps(codes.1));
-        // Columns of a step, as `Step` of `codes.cuh` has them.
-        let columns = match dtype {
-            DType::Q5_0 | DType::Q8_0 => 64,
-            DType::Q4_0 | DType::Q4_1 | DType::Q5_1 | DType::Q6K => 128,
-            _ => 256,
-        };
-        let steps = cols.div_ceil(columns).max(1);
-        let warps = (most * multiprocessors / tiles.max(1)).clamp(1, most.min(steps));
-        steps.div_ceil(steps.div_ceil(warps))
+    /// Blocks that share a product out among them.
+    fn staying_blocks(&self, outputs: usize, cols: usize, bytes: [usize; 2], multiprocessors: usize) -> usize {
+        let [of_block, most] = bytes;
+        let stages = outputs.div_ceil(CODES_OUTS) * cols.div_ceil(CODES_COLS);
+        // Each block takes a little more than it asks for.
+        let fitting = (most / (of_block + 1024)).clamp(1, self.blocks);
+        (fitting * multiprocessors).min(stages).max(1)
     }
 }
 
@@ -191,7 +195,18 @@ const fn tile(
 
 /// A tile of `bulk.cu`: two warpgroups multiply, and one more copies.
 const fn bulk(name: &'static str, tokens: usize, stages: usize) -> Tile {
-    Tile { file: "bulk", name, tokens, outputs: 128, threads: 384, stages, depth: 64, cluster: 2, blocks: 1, is_bulk: true }
+    Tile {
+        file: "bulk",
+        name,
+        tokens,
+        outputs: 128,
+        threads: 384,
+        stages,
+        depth: 64,
+        cluster: 2,
+        blocks: 1,
+        is_bulk: true,
+    }
 }
 
 /// Those of `matmul.cu`, by tokens.
@@ -210,8 +225,7 @@ pub const HOPPER_TILES: &[Tile] = &[
 ];
 
 /// What is for weights in halves on Hopper, where there are no experts.
-pub const BULK_TILES: &[Tile] =
-    &[HOPPER_TILES[0], bulk("16", 16, 9), bulk("64", 64, 7), bulk("128", 128, 6), bulk("256", 256, 4)];
+pub const BULK_TILES: &[Tile] = &[HOPPER_TILES[0], bulk("64", 64, 7), bulk("128", 128, 6), bulk("256", 256, 4)];
 
 /// All tiles that there are.
 fn all_tiles() -> impl Iterator<Item = &'static Tile> {
@@ -228,7 +242,7 @@ const LEAST_STAGES: usize = 4;
 
 impl Tile {
     pub fn shared_bytes(&self) -> usize {
-        let results = if self.is_bulk { 4 * self.tokens.min(BULK_PART) * self.outputs } else { 0 };
+        let results = if self.is_bulk { 4 * BULK_PART * self.outputs } else { 0 };
         2 * (self.tokens + self.outputs) * self.depth * self.stages + results + ALIGNMENT
     }
 
@@ -277,9 +291,12 @@ fn choose(tiles: &[Tile], rows: usize, outputs: usize, cols: usize, multiprocess
     let (large, small) = (&tiles[last], &tiles[last - 1]);
     // The largest tiles pass over memory least often, if there are enough of them, or not too much of them is empty.
     let padded = |tile: &Tile| rows.next_multiple_of(tile.tokens);
-    let few = if large.is_bulk { 8 * padded(small) <= 7 * padded(large) } else { large.tiles(rows, outputs) < multiprocessors };
+    let few = if large.is_bulk {
+        8 * padded(small) <= 7 * padded(large)
+    } else {
+        large.tiles(rows, outputs) < multiprocessors
+    };
     let index = if fits == last && few { last - 1 } else { fits };
-    let index = if index == 0 && tiles.len() == 5 && std::env::var_os("BULK16").is_some() { 1 } else { index };
     let tile = &tiles[index];
     if tile.is_bulk {
         return (index, 1);
@@ -335,20 +352,24 @@ impl Product {
             Some(ExpertRows { experts, top_k, .. }) => ((pass.rows * top_k).div_ceil(experts), experts),
             None => (pass.rows, 1),
         };
+        // Two matrices take turns in a tile.
+        let in_tiles = if is_gated { 2 * outs } else { outs };
         let codes = self.kernels.codes.as_ref().zip(self.halves).filter(|_| pass.dense);
-        let fitting = CODES.iter().position(|kernel| rows <= kernel.count);
-        if let Some(((codes, halves), index)) = codes.zip(fitting) {
-            let (kernel, of_tile) = (&CODES[index], if is_gated { CODES_OUTS / 2 } else { CODES_OUTS });
-            let tiles = outs.div_ceil(of_tile);
-            let warps = kernel.warps(tiles * copies, self.x.cols, (codes.dtype, codes.shared_bytes), self.shares.multiprocessors);
-            let shape = Shape::new((tiles, pass.rows.div_ceil(kernel.count), copies), 32 * warps);
-            let shape = shape.shared(warps * kernel.warp_bytes());
-            return pass.launch(&codes.kernels[index], shape, self.arguments(pass, Some(halves)));
+        let fitting = codes.and_then(|(codes, halves)| {
+            let (tile, (kernel, bytes)) = CODES.iter().zip(&codes.kernels).find(|(tile, _)| rows <= tile.rows)?;
+            Some((tile, kernel, [*bytes, codes.most_shared_bytes], halves))
+        });
+        if let Some((tile, kernel, bytes, halves)) = fitting {
+            let blocks = if self.experts.is_some() {
+                (in_tiles.div_ceil(CODES_OUTS), pass.rows.div_ceil(tile.rows), copies)
+            } else {
+                (tile.staying_blocks(in_tiles, self.x.cols, bytes, self.shares.multiprocessors), 1, 1)
+            };
+            let shape = Shape::new(blocks, CODES_THREADS).shared(bytes[0]);
+            return pass.launch(kernel, shape, self.arguments(pass, Some(halves)));
         }
         let dense = self.kernels.dense.as_ref().zip(self.halves).filter(|_| pass.dense);
         if let Some((dense, halves)) = dense {
-            // Two matrices take turns in a tile.
-            let in_tiles = if is_gated { 2 * outs } else { outs };
             let (index, shares) = choose(dense.tiles, rows, in_tiles, self.x.cols, self.shares.multiprocessors);
             let tile = &dense.tiles[index];
             let blocks = if tile.is_bulk {
@@ -429,7 +450,9 @@ mod tests {
                             if tile.is_bulk {
                                 let blocks = tile.staying_blocks(rows, outputs, cols, multiprocessors);
                                 let sums = 2 * blocks * tile.tokens * tile.outputs;
-                                assert!(blocks.is_multiple_of(tile.cluster) && blocks <= multiprocessors.max(tile.cluster));
+                                assert!(
+                                    blocks.is_multiple_of(tile.cluster) && blocks <= multiprocessors.max(tile.cluster)
+                                );
                                 assert!(sums <= Shares::floats(multiprocessors));
                                 continue;
                             }
@@ -444,13 +467,17 @@ mod tests {
     }
 
     #[test]
-    fn each_warp_of_a_block_has_columns() {
-        for (kernel, shared) in CODES.into_iter().flat_map(|kernel| [99 << 10, 227 << 10].map(|shared| (kernel, shared))) {
+    fn what_blocks_of_codes_leave_has_room() {
+        for (tile, multiprocessors) in CODES.into_iter().flat_map(|tile| [4, 108, 132].map(|count| (tile, count))) {
             for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_float()) {
-                for (tiles, cols) in [(1, 32), (1, 256), (128, 4096), (896, 4096), (128, 14336), (4008, 4096)] {
-                    let warps = kernel.warps(tiles, cols, (dtype, shared), 132);
-                    assert!((1..=kernel.warps).contains(&warps) && warps <= cols.div_ceil(64), "{kernel:?} {dtype} {cols}");
-                    assert!(warps * kernel.warp_bytes() <= kernel.most_bytes(shared) && kernel.most_bytes(shared) <= shared);
+                let bytes = tile.shared_bytes(dtype);
+                assert!(bytes <= 227 << 10, "{dtype} {tile:?}");
+                assert!(tile.rows > 16 || bytes <= 99 << 10, "{dtype} {tile:?}: there is none for some GPUs");
+                for (outputs, cols) in [(1, 32), (4096, 256), (4096, 4096), (28672, 4096), (128_256, 4096)] {
+                    let blocks = tile.staying_blocks(outputs, cols, [bytes, 227 << 10], multiprocessors);
+                    assert!((1..=tile.blocks * multiprocessors).contains(&blocks));
+                    assert!(2 * blocks * tile.rows * CODES_OUTS <= Shares::floats(multiprocessors));
+                    assert!(blocks <= Shares::counters(multiprocessors));
                 }
             }
         }
