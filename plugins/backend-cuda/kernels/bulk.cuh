@@ -39,6 +39,26 @@ typedef BulkTile<64, 128, 7, 2> Bulk64;
 typedef BulkTile<128, 128, 6, 2> Bulk128;
 typedef BulkTile<256, 128, 4, 2> Bulk256;
 
+// A stage of a cluster's work, and the next one. One thread goes from stage to stage for all others: it doesn't divide more
+// than once a tile.
+template <class TILE> struct Cursor {
+    const Work<TILE> &work;
+    int at, stage, first_row, first_out;
+
+    __device__ __forceinline__ void find(const Product &product) {
+        StageOfTile place = work.locate(at);
+        stage = place.stage, first_row = work.first_row(place.tile);
+        first_out = work.first_out(product, place.tile, rank_in_cluster());
+    }
+
+    __device__ __forceinline__ void advance(const Product &product) {
+        at++, stage++;
+        if (stage == work.stages) {
+            find(product);
+        }
+    }
+};
+
 // Brings stage after stage to shared memory, as many ahead as there is room for: what one thread does.
 template <class TILE> struct Copier {
     static constexpr int part = TILE::tokens / TILE::cluster;
@@ -49,43 +69,49 @@ template <class TILE> struct Copier {
     u8 *stages;
     Barrier *full, *empty;
 
-    __device__ __forceinline__ void copy_weights(int at) const {
-        Barrier &barrier = full[at % TILE::stages];
-        u8 *to = stages + at % TILE::stages * TILE::stage_bytes + TILE::tokens * TILE::row_bytes;
-        StageOfTile place = work.locate(at);
-        int first_out = work.first_out(product, place.tile, rank_in_cluster()), column = place.stage * TILE::columns;
+    __device__ __forceinline__ void copy_weights(const Cursor<TILE> &cursor) const {
+        Barrier &barrier = full[cursor.at % TILE::stages];
+        u8 *to = stages + cursor.at % TILE::stages * TILE::stage_bytes + TILE::tokens * TILE::row_bytes;
+        int column = cursor.stage * TILE::columns;
         barrier.expect(TILE::stage_bytes);
-        copy_box(to, weights, first_out, column, barrier);
+        copy_box(to, weights, cursor.first_out, column, barrier);
         if (product.second) {
-            copy_box(to + TILE::outputs / 2 * TILE::row_bytes, second, first_out, column, barrier);
+            copy_box(to + TILE::outputs / 2 * TILE::row_bytes, second, cursor.first_out, column, barrier);
         }
     }
 
-    __device__ __forceinline__ void copy_tokens(int at) const {
+    __device__ __forceinline__ void copy_tokens(const Cursor<TILE> &cursor) const {
         int begin = rank_in_cluster() * part;
-        u8 *to = stages + at % TILE::stages * TILE::stage_bytes + begin * TILE::row_bytes;
-        StageOfTile place = work.locate(at);
-        copy_box_to((1 << TILE::cluster) - 1, to, tokens, work.first_row(place.tile) + begin, place.stage * TILE::columns,
-                    full[at % TILE::stages]);
+        u8 *to = stages + cursor.at % TILE::stages * TILE::stage_bytes + begin * TILE::row_bytes;
+        copy_box_to((1 << TILE::cluster) - 1, to, tokens, cursor.first_row + begin, cursor.stage * TILE::columns,
+                    full[cursor.at % TILE::stages]);
     }
+
+    __device__ __forceinline__ Cursor<TILE> first() const {
+        Cursor<TILE> cursor = {work, 0, 0, 0, 0};
+        cursor.find(product);
+        return cursor;
+    }
+
+    __device__ __forceinline__ int ahead() const { return min(work.count(), TILE::stages); }
 
     // Weights depend on no launch and on no other block.
     __device__ __forceinline__ void begin() const {
-        for (int at = 0; at < min(work.count(), TILE::stages); at++) {
-            copy_weights(at);
+        for (Cursor<TILE> cursor = first(); cursor.at < ahead(); cursor.advance(product)) {
+            copy_weights(cursor);
         }
     }
 
     // Tokens are what the launch before this computes.
     __device__ __forceinline__ void go_on() const {
-        int count = work.count(), ahead = min(count, TILE::stages);
-        for (int at = 0; at < ahead; at++) {
-            copy_tokens(at);
+        Cursor<TILE> cursor = first();
+        for (; cursor.at < ahead(); cursor.advance(product)) {
+            copy_tokens(cursor);
         }
-        for (int at = ahead; at < count; at++) {
-            empty[at % TILE::stages].wait((at / TILE::stages & 1) ^ 1);
-            copy_weights(at);
-            copy_tokens(at);
+        for (int count = work.count(); cursor.at < count; cursor.advance(product)) {
+            empty[cursor.at % TILE::stages].wait((cursor.at / TILE::stages & 1) ^ 1);
+            copy_weights(cursor);
+            copy_tokens(cursor);
         }
     }
 };

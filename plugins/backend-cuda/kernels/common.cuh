@@ -64,25 +64,32 @@ __device__ __forceinline__ void prefetch(const void *place) {
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_of_thread() { return threadIdx.x >> 5; }
 
+// Adds one to a counter: what this thread knew to be written can be read by who finds it there, and the other way round.
+__device__ __forceinline__ u32 count_arrival(u32 *arrived) {
+#if defined(__CUDA_ARCH__)
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+    return before;
+#else
+    return atomicAdd(arrived, 1u);
+#endif
+}
+
 // Whether this block is the last of `count` that count themselves in `arrived`, which is 0 between launches: what all have
-// written can be read then, past this multiprocessor's cache. `wait` waits for the block's threads that call this.
+// written can be read then, past this multiprocessor's cache. `wait` waits for the block's threads that call this, of which
+// the first speaks for all: a fence of every thread takes longer.
 template <class Wait> __device__ __forceinline__ bool arrives_last(u32 *arrived, u32 count, Wait wait) {
     __shared__ u32 before;
-    __threadfence();
     wait();
     if (threadIdx.x == 0) {
-        before = atomicAdd(arrived, 1u);
+        before = count_arrival(arrived);
+        if (before + 1 == count) {
+            // For the next launch.
+            *arrived = 0;
+        }
     }
     wait();
-    if (before + 1 < count) {
-        return false;
-    }
-    __threadfence();
-    if (threadIdx.x == 0) {
-        // For the next launch.
-        *arrived = 0;
-    }
-    return true;
+    return before + 1 == count;
 }
 
 // The sum over the lanes of a warp, the same in each.
