@@ -171,7 +171,8 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
             above[lower] = fmaxf(above[lower], __shfl_xor_sync(ALL_LANES, above[lower], 2));
             // Nothing seen so far: all terms are 0, whatever they are measured from.
             base[lower] = above[lower] == -INFINITY_F ? 0.0f : above[lower] * unit;
-            float keeps = short_exp2(fmaf(highest[lower], unit, -base[lower]));
+            // Exactly 1 where nothing higher was met.
+            float keeps = short_exp2(highest[lower] * unit - base[lower]);
             highest[lower] = above[lower];
             total[lower] *= keeps;
 #pragma unroll

@@ -290,7 +290,8 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
             most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
             // Nothing seen so far: all terms are 0, whatever they are measured from.
             base[lower] = most == -INFINITY_F ? 0.0f : most * unit;
-            keeps[lower] = short_exp2(fmaf(highest[lower], unit, -base[lower]));
+            // Exactly 1 where nothing higher was met.
+            keeps[lower] = short_exp2(highest[lower] * unit - base[lower]);
             highest[lower] = most;
         }
 #pragma unroll
