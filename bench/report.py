@@ -39,6 +39,9 @@ def page(report, name):
         "![Prompts](images/gpu-prefill.svg)",
         "",
     ]
+    failed = [f"`{name}`" for name, how in report["parts"].items() if how == "failed"]
+    if failed:
+        lines += [f"Failed in that run: {', '.join(failed)}.", ""]
     peers = {peer["model"]: peer for peer in (report.get("peer") or {}).get("models", []) if "error" not in peer}
     for model in bench["models"]:
         lines += [f"## {title(model)}", ""]
