@@ -269,6 +269,8 @@ template <Format TYPE, int TOKENS> struct CodesTile {
     static constexpr int warps = 4, threads = 32 * warps;
     static constexpr int tokens = TOKENS, outputs = ROWS * warps, columns = 256;
     static constexpr int cluster = 1, least_stages = 1;
+    // Where a unit's members all at once would take more registers than there are.
+    static constexpr bool rolled = TOKENS == 32 && (TYPE == Q2_K || (TYPE == Q4_K && IS_LATER));
     static constexpr bool takes_turns = false;
     static __device__ __forceinline__ void wait() { __syncthreads(); }
 
@@ -481,7 +483,7 @@ template <Format TYPE, int TOKENS> struct CodesBlock {
                     for (int i = 0; i < ROWS / 8; i++) {
                         codes[i].fetch(row_at(8 * i + group), begin, unit, place);
                     }
-#pragma unroll
+#pragma unroll(Tile::rolled ? 1 : Step::members)
                     for (int member = 0; member < Step::members; member++) {
                         multiply(tokens, codes, begin, unit, member);
                     }
