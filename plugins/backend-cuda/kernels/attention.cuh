@@ -117,3 +117,54 @@ __device__ __forceinline__ void load_query(const float *head, int dim, int dims,
         }
     }
 }
+
+// What follows is for scores and sums of a warp's sixteen queries as `multiply_add` leaves them: a lane has those of two, at
+// two neighbouring columns of each eight.
+
+// Scales scores, and has them approach `softcap` at most.
+template <int COUNT>
+__device__ __forceinline__ void cap_scores(float (&scores)[COUNT][4], float softcap, float scale, float inverse_cap) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            scores[j][i] = softcap * short_tanh(scores[j][i] * scale * inverse_cap);
+        }
+    }
+}
+
+// Takes away what the lane's queries don't see, of the keys from position `begin` on.
+template <int COUNT>
+__device__ __forceinline__ void hide_unseen(float (&scores)[COUNT][4], int begin, const int (&from)[2], const int (&to)[2]) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int position = begin + 8 * j + lane_of_thread() % 4 * 2 + i % 2;
+            bool seen = position >= from[i / 2] && position <= to[i / 2];
+            scores[j][i] = seen ? scores[j][i] : -INFINITY_F;
+        }
+    }
+}
+
+// Takes in what a lane has of its upper or lower query's sums, times `by`: a head's `dims` columns, in floats, in halves, or
+// in both.
+template <int COUNT>
+__device__ __forceinline__ void store_attended(const float (&sums)[COUNT][4], int lower, float by, int dims, float *floats,
+                                               u16 *halves, int half) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+        if (8 * j >= dims) {
+            break;
+        }
+        float first = sums[j][2 * lower] * by, second = sums[j][2 * lower + 1] * by;
+        int at = 8 * j + lane_of_thread() % 4 * 2;
+        if (floats) {
+            *reinterpret_cast<float2 *>(floats + at) = float2{first, second};
+        }
+        if (halves) {
+            *reinterpret_cast<u32 *>(halves + at) =
+                half == HALF_F16 ? halves_of<HALF_F16>(first, second) : halves_of<HALF_BF16>(first, second);
+        }
+    }
+}

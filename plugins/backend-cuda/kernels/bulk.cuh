@@ -126,7 +126,7 @@ __device__ __forceinline__ void multiply_stages(int at, int count, const u8 *sta
             empty[at % TILE::stages].arrive_at(threadIdx.x % 128);
         }
     };
-    for (int end = at + count; at < end; at++, count--) {
+    for (int end = at + count; at < end; at++) {
         full[at % TILE::stages].wait(at / TILE::stages & 1);
         const u8 *stage = stages + at % TILE::stages * TILE::stage_bytes;
         u64 left = matrix_descriptor(stage + (TILE::tokens + 64 * group) * TILE::row_bytes);
@@ -190,14 +190,14 @@ __device__ __forceinline__ void bulk_matmul(const Product &product, const Tensor
     __syncwarp();
     wait_for_cluster();
     if (threadIdx.x >= TILE::threads) {
-        take_fewer_registers<40>();
+        take_fewer_registers<COPYING_REGISTERS>();
         if (copies) {
             wait_for_launches_before();
             copier.go_on();
         }
         __syncwarp();
     } else {
-        take_more_registers<232>();
+        take_more_registers<MULTIPLYING_REGISTERS>();
         wait_for_launches_before();
         int count = work.count(), rank = rank_in_cluster();
         for (int at = 0; at < count;) {

@@ -72,14 +72,12 @@ template <Format TYPE> struct Scales {
 
     u32 words[count];
 
-    __device__ __forceinline__ void fetch(const u8 *block, int at, int cols) {
+    __device__ __forceinline__ void fetch(const u8 *block, int at) {
         if constexpr (Step<TYPE>::in_blocks) {
 #pragma unroll
             for (int i = 0; i < count; i++) {
-                if (at + 32 * i < cols) {
-                    const u8 *from = block + i * block_bytes(TYPE);
-                    words[i] = has_minimum(TYPE) ? word_at(from) : half_at(from);
-                }
+                const u8 *from = block + i * block_bytes(TYPE);
+                words[i] = has_minimum(TYPE) ? word_at(from) : half_at(from);
             }
         } else if constexpr (TYPE == Q2_K) {
 #pragma unroll
@@ -186,33 +184,32 @@ template <Format TYPE> struct Codes {
 
     __device__ __forceinline__ void fetch(const u8 *block, int at, int unit, int place) {
         const u8 *from = block + Step<TYPE>::byte_of_unit(at, unit);
-        u32 *to = low;
         if constexpr (TYPE == Q4_0 || TYPE == Q5_0) {
-            load_halves<2>(to, from + (TYPE == Q4_0 ? 2 : 6) + 4 * place);
+            load_halves<2>(low, from + (TYPE == Q4_0 ? 2 : 6) + 4 * place);
             load_halves<high_words>(high, from + 2);
         } else if constexpr (TYPE == Q4_1 || TYPE == Q5_1) {
-            to[0] = word_at(from + (TYPE == Q4_1 ? 4 : 8) + 4 * place);
+            low[0] = word_at(from + (TYPE == Q4_1 ? 4 : 8) + 4 * place);
             if constexpr (TYPE == Q5_1) {
                 high[0] = word_at(from + 4);
             }
         } else if constexpr (TYPE == Q8_0) {
-            load_halves<4>(to, from + 2 + 8 * place);
+            load_halves<4>(low, from + 2 + 8 * place);
         } else if constexpr (TYPE == Q4_K || TYPE == Q5_K) {
             uint2 both = *reinterpret_cast<const uint2 *>(from + (TYPE == Q4_K ? 16 : 48) + 8 * place);
-            to[0] = both.x, to[1] = both.y;
+            low[0] = both.x, low[1] = both.y;
         } else if constexpr (TYPE == Q2_K) {
-            to[0] = word_at(from + 16 + 4 * place), to[1] = word_at(from + 32 + 4 * place);
+            low[0] = word_at(from + 16 + 4 * place), low[1] = word_at(from + 32 + 4 * place);
         } else {
             from += (TYPE == Q3_K ? 32 : 0) + 4 * place;
-            load_halves<2>(to, from);
-            load_halves<2>(to + 2, from + 16);
+            load_halves<2>(low, from);
+            load_halves<2>(low + 2, from + 16);
         }
     }
 
     // The bytes that have four of them, and their high bits as `codes_of` takes them.
     __device__ __forceinline__ u32 low_of(int piece) const {
-        int index = low_words > (from_halves ? 2 : 1) ? piece : 0;
-        return from_halves ? joined(low + 2 * index) : low[index];
+        const u32 *from = low + (paired ? 0 : words * piece);
+        return from_halves ? joined(from) : *from;
     }
 
     __device__ __forceinline__ u32 high_of(int piece, int place) const {
@@ -470,7 +467,7 @@ template <Format TYPE, int TOKENS> struct CodesBlock {
                 codes[i].fetch_shared(row_at(8 * i + group), begin, place);
             }
             Scales<TYPE> row_scales;
-            row_scales.fetch(row_at(8 * place + group), begin, begin + Step::columns);
+            row_scales.fetch(row_at(8 * place + group), begin);
 #pragma unroll
             for (int decoded = 0; decoded < Step::columns; decoded += Tile::decoded) {
                 constexpr int groups = Tile::decoded / Step::group;

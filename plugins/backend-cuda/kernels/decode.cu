@@ -181,19 +181,8 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                              (kv_head * group + number % group) * pages.k_dim;
 #pragma unroll
         for (int t = 0; t < HEAD / 32; t++) {
-            int dim = (4 * t + lane % 4) * 8, left = in_tile < queries ? pages.k_dim - dim : 0;
             float columns[8];
-            if (pages.k_dim % 4 == 0) {
-                float4 none = {0.0f, 0.0f, 0.0f, 0.0f};
-                float4 first = left > 0 ? *reinterpret_cast<const float4 *>(start + dim) : none;
-                float4 second = left > 4 ? *reinterpret_cast<const float4 *>(start + dim + 4) : none;
-                columns[0] = first.x, columns[1] = first.y, columns[2] = first.z, columns[3] = first.w;
-                columns[4] = second.x, columns[5] = second.y, columns[6] = second.z, columns[7] = second.w;
-            } else {
-                for (int i = 0; i < 8; i++) {
-                    columns[i] = i < left ? start[dim + i] : 0.0f;
-                }
-            }
+            load_query(start, (4 * t + lane % 4) * 8, pages.k_dim, in_tile < queries, columns);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 query[lower][t][i] = halves_of<HALF>(columns[2 * i], columns[2 * i + 1]);

@@ -93,7 +93,6 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
     }
 
     int lane = lane_of_thread(), first_of_warp = 16 * warp_of_thread();
-    int place = lane % 4 * 2;
     // This lane's two queries: what they see, the highest score so far, and the sum of what it has of their terms.
     int from[2], to[2];
     float highest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {0.0f, 0.0f};
@@ -137,24 +136,10 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
             }
         }
         if (softcap > 0.0f) {
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    scores[j][i] = softcap * short_tanh(scores[j][i] * scale * inverse_cap);
-                }
-            }
+            cap_scores(scores, softcap, scale, inverse_cap);
         }
         if (tile * KEYS < all_from || tile * KEYS + KEYS - 1 > all_to) {
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int position = tile * KEYS + 8 * j + place + i % 2;
-                    bool seen = position >= from[i / 2] && position <= to[i / 2];
-                    scores[j][i] = seen ? scores[j][i] : -INFINITY_F;
-                }
-            }
+            hide_unseen(scores, tile * KEYS, from, to);
         }
         float above[2] = {highest[0], highest[1]};
 #pragma unroll
@@ -214,21 +199,8 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
         int head = kv_head * group + number % group;
         float by = share_of_term(highest[lower] * unit, total[lower], sinks, head);
         size_t token = first_token + number / group, of_head = static_cast<size_t>(head) * pages.v_dim;
-#pragma unroll
-        for (int j = 0; j < HEAD / 8; j++) {
-            if (8 * j >= pages.v_dim) {
-                break;
-            }
-            float first = sums[j][2 * lower] * by, second = sums[j][2 * lower + 1] * by;
-            size_t to = of_head + 8 * j + place;
-            if (y) {
-                *reinterpret_cast<float2 *>(y + token * y_stride + to) = float2{first, second};
-            }
-            if (halves) {
-                *reinterpret_cast<u32 *>(halves + token * halves_stride + to) =
-                    half == HALF_F16 ? halves_of<HALF_F16>(first, second) : halves_of<HALF_BF16>(first, second);
-            }
-        }
+        float *floats = y ? y + token * y_stride + of_head : nullptr;
+        store_attended(sums, lower, by, pages.v_dim, floats, halves ? halves + token * halves_stride + of_head : nullptr, half);
     }
 }
 #endif

@@ -16,9 +16,6 @@ constexpr int KEYS = 128;
 constexpr int STAGES = 2;
 constexpr int HOPPER_THREADS = 128 * (GROUPS + 1);
 
-// Registers of a thread: what those that copy need, the others have.
-constexpr int COPYING_REGISTERS = 40, ATTENDING_REGISTERS = 232;
-
 // Barriers in hardware: 0 is __syncthreads'. Each warpgroup that attends has two.
 constexpr int QUERIES_HERE = 1, TURN = 1 + GROUPS;
 
@@ -195,7 +192,7 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
     if (number >= groups) {
         return;
     }
-    take_more_registers<ATTENDING_REGISTERS>();
+    take_more_registers<MULTIPLYING_REGISTERS>();
     int thread = threadIdx.x % 128, lane = lane_of_thread(), first_of_group = number * GROUP_QUERIES;
     query += number * query_bytes;
 #pragma unroll
@@ -214,7 +211,7 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
     wait_at(QUERIES_HERE + number, 128);
 
     // This lane's two queries: what they see, the highest score so far, and the sum of what it has of their terms.
-    int first_of_lane = first_of_group + thread / 32 * 16 + lane / 4, place = lane % 4 * 2;
+    int first_of_lane = first_of_group + thread / 32 * 16 + lane / 4;
     int from[2], to[2];
     float highest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {0.0f, 0.0f}, keeps[2];
 #pragma unroll
@@ -255,24 +252,10 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
     auto weigh = [&](int tile) {
         int begin = (first_tile + tile) * KEYS;
         if (softcap > 0.0f) {
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    scores[j][i] = softcap * short_tanh(scores[j][i] * scale * inverse_cap);
-                }
-            }
+            cap_scores(scores, softcap, scale, inverse_cap);
         }
         if (begin < all_from || begin + KEYS - 1 > all_to) {
-#pragma unroll
-            for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int position = begin + 8 * j + place + i % 2;
-                    bool seen = position >= from[i / 2] && position <= to[i / 2];
-                    scores[j][i] = seen ? scores[j][i] : -INFINITY_F;
-                }
-            }
+            hide_unseen(scores, begin, from, to);
         }
         // Two chains for each query.
         float above[4] = {highest[0], highest[0], highest[1], highest[1]}, base[2], part[4] = {};
@@ -377,21 +360,8 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
         int head = kv_head * group + in_row % group;
         float by = share_of_term(highest[lower] * unit, total[lower], sinks, head);
         size_t token = first_token + in_row / group, of_head = static_cast<size_t>(head) * pages.v_dim;
-#pragma unroll
-        for (int j = 0; j < HEAD / 8; j++) {
-            if (8 * j >= pages.v_dim) {
-                break;
-            }
-            float first = sums[j][2 * lower] * by, second = sums[j][2 * lower + 1] * by;
-            size_t at = of_head + 8 * j + place;
-            if (y) {
-                *reinterpret_cast<float2 *>(y + token * y_stride + at) = float2{first, second};
-            }
-            if (halves) {
-                *reinterpret_cast<u32 *>(halves + token * halves_stride + at) =
-                    half == HALF_F16 ? halves_of<HALF_F16>(first, second) : halves_of<HALF_BF16>(first, second);
-            }
-        }
+        float *floats = y ? y + token * y_stride + of_head : nullptr;
+        store_attended(sums, lower, by, pages.v_dim, floats, halves ? halves + token * halves_stride + of_head : nullptr, half);
     }
 }
 

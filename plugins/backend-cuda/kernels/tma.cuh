@@ -22,6 +22,9 @@ __device__ __forceinline__ void wait_for_cluster() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Registers of a thread where one warpgroup copies and two multiply: what those that copy don't need, the others have.
+constexpr int COPYING_REGISTERS = 40, MULTIPLYING_REGISTERS = 232;
+
 // Has the threads of a warpgroup take this many registers, fewer or more than before.
 template <int COUNT> __device__ __forceinline__ void take_fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
@@ -68,11 +71,6 @@ struct Barrier {
         } while (!done);
     }
 };
-
-// Asks for what the driver encoded.
-__device__ __forceinline__ void prefetch_map(const TensorMap &map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<u64>(&map)) : "memory");
-}
 
 // Has the box at `row` and `column` copied to this block; what is outside of the matrix becomes 0.
 __device__ __forceinline__ void copy_box(void *to, const TensorMap &map, int row, int column, Barrier &barrier) {

@@ -107,10 +107,29 @@ impl ReferenceModel {
     /// # Errors
     /// The graph has no logits.
     pub fn logits(&self, tokens: &[u32]) -> Result<Matrix> {
-        let positions: Vec<u32> = (0..tokens.len() as u32).collect();
-        let wanted: Vec<usize> = (0..tokens.len()).collect();
-        let mut kv = WholeSequence { layers: vec![Vec::new(); self.graph.kv_layers.len()] };
-        self.run(Span { tokens, positions: &positions, wanted: &wanted }, &mut kv)
+        self.output_of(self.values_alone(tokens)?)
+    }
+
+    /// By how much each token of a sequence prefers the last expert that it is routed to over the first that it isn't: the
+    /// least of all routers, in units of the root mean square of the token's scores there. Infinite without a choice.
+    ///
+    /// # Errors
+    /// The reference doesn't know an op.
+    pub fn routing_margins(&self, tokens: &[u32]) -> Result<Vec<f64>> {
+        let values = self.values_alone(tokens)?;
+        let mut margins = vec![f64::INFINITY; tokens.len()];
+        for node in &self.graph.nodes {
+            let Op::Route { top_k, .. } = node.op else { continue };
+            for (margin, scores) in margins.iter_mut().zip(values[node.inputs[0].0 as usize].rows()) {
+                let mut sorted = scores.to_vec();
+                sorted.sort_by(|a, b| b.total_cmp(a));
+                if let [last, next, ..] = sorted[top_k as usize - 1..] {
+                    let size = (scores.iter().map(|score| score * score).sum::<f64>() / scores.len() as f64).sqrt();
+                    *margin = margin.min((last - next) / size);
+                }
+            }
+        }
+        Ok(margins)
     }
 
     /// The logits of the wanted tokens.
@@ -118,14 +137,30 @@ impl ReferenceModel {
     /// # Errors
     /// The graph has no logits.
     pub fn run(&self, span: Span<'_>, kv: &mut dyn KvStore) -> Result<Matrix> {
+        self.output_of(self.values(span, kv)?)
+    }
+
+    /// All values of a whole sequence.
+    fn values_alone(&self, tokens: &[u32]) -> Result<Vec<Matrix>> {
+        let positions: Vec<u32> = (0..tokens.len() as u32).collect();
+        let wanted: Vec<usize> = (0..tokens.len()).collect();
+        let mut kv = WholeSequence { layers: vec![Vec::new(); self.graph.kv_layers.len()] };
+        self.values(Span { tokens, positions: &positions, wanted: &wanted }, &mut kv)
+    }
+
+    fn output_of(&self, mut values: Vec<Matrix>) -> Result<Matrix> {
         let logits = self.graph.output("logits").ok_or_else(|| Error::contract("the graph has no logits"))?;
+        Ok(std::mem::replace(&mut values[logits.0 as usize], Matrix::new(0)))
+    }
+
+    fn values(&self, span: Span<'_>, kv: &mut dyn KvStore) -> Result<Vec<Matrix>> {
         let mut values: Vec<Matrix> = vec![Matrix::new(0); self.graph.values.len()];
         for node in &self.graph.nodes {
             let inputs: Vec<&Matrix> = node.inputs.iter().map(|&ValueId(id)| &values[id as usize]).collect();
             let computed = self.op(&node.op, &inputs, span, kv).map_err(|error| error.within(&node.name))?;
             values[node.outputs[0].0 as usize] = computed;
         }
-        Ok(std::mem::replace(&mut values[logits.0 as usize], Matrix::new(0)))
+        Ok(values)
     }
 
     fn op(&self, op: &Op, inputs: &[&Matrix], span: Span<'_>, kv: &mut dyn KvStore) -> Result<Matrix> {

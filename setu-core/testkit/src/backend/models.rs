@@ -5,7 +5,7 @@ use setu_core::graph::{Graph, Op, WeightId};
 use setu_core::{Backend, DType, Result};
 
 use super::graphs::{self, BLOCKS, SMALL};
-use super::rig::{Rig, Sequence, compare, compare_all_but_one, compare_overall, options, reference};
+use super::rig::{Rig, Sequence, compare, compare_settled, options, reference};
 use super::{Checked, Options, Suite, ensure};
 use crate::weights::WeightSet;
 
@@ -65,10 +65,8 @@ fn quantized(backend: &mut dyn Backend, checks: &Options, graph: &Graph, dtype: 
     let mut sequences = [rig.random_sequence(19), rig.random_sequence(7)];
     let found = rig.mixed(&mut sequences, 9)?;
     for (found, sequence) in found.iter().zip(&sequences) {
-        let (expected, tolerance) = (reference.logits(&sequence.tokens)?, checks.tolerance(dtype));
-        let is_routed = graph.nodes.iter().any(|node| matches!(node.op, Op::Route { .. }));
-        let compare = if is_routed { compare_all_but_one } else { compare_overall };
-        compare(found, &expected, tolerance)?;
+        let (expected, margins) = (reference.logits(&sequence.tokens)?, reference.routing_margins(&sequence.tokens)?);
+        compare_settled(found, &expected, &margins, checks.tolerance(dtype))?;
     }
     Ok(())
 }
