@@ -89,7 +89,7 @@ __device__ __forceinline__ u32 six_bits(u32 low, u32 top, bool upper) {
 struct Raw {
     // Codes in eight bytes; and what else of them lies elsewhere.
     u64 low, high;
-    // The block's scale, and in the upper half its minimum, or in Q3_K what there is of the sub-block's scale.
+    // The block's scale, and in the upper half its minimum.
     u32 scales;
     // Scales of sub-blocks, and bits.
     u32 small;
@@ -117,8 +117,8 @@ template <Format TYPE, bool WHOLE_HEADERS> __device__ __forceinline__ Raw fetch_
         raw.low = bytes_at(block + 16 + in_block / 128 * 32 + in_block % 32);
     } else if constexpr (TYPE == Q3_K) {
         int sub = in_block / 16;
-        u32 small = block[96 + sub % 8] | static_cast<u32>(block[104 + sub % 4]) << 8;
-        raw.scales = half_at(block + 108) | small << 16;
+        raw.scales = half_at(block + 108);
+        raw.small = block[96 + sub % 8] | static_cast<u32>(block[104 + sub % 4]) << 8;
         raw.low = bytes_at(block + 32 + in_block / 128 * 32 + in_block % 32);
         raw.high = bytes_at(block + in_block % 32);
     } else if constexpr (TYPE == Q4_K || TYPE == Q5_K) {
@@ -159,7 +159,7 @@ template <Format TYPE> __device__ __forceinline__ void decode_quantized(const Ra
         minimum = -(minimum * number_of(raw.small >> 4, 0));
     } else if constexpr (TYPE == Q3_K) {
         int sub = in_block / 16;
-        u32 low = raw.scales >> (16 + sub / 8 * 4) & 15, top = raw.scales >> (24 + sub / 4 * 2) & 3;
+        u32 low = raw.small >> sub / 8 * 4 & 15, top = raw.small >> (8 + sub / 4 * 2) & 3;
         scale = scale * number_of(low | top << 4, 32);
     } else if constexpr (TYPE == Q4_K || TYPE == Q5_K) {
         // The scale, and the minimum above it.

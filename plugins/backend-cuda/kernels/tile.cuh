@@ -25,8 +25,8 @@ __device__ __forceinline__ bool gather_sums(float (&sums)[DOWN][ACROSS][4], int 
     if (!arrives_last(arrived, parts, [] { TILE::wait(); })) {
         return false;
     }
-    // Sixteen loads are on their way at a time: one takes as long.
-    constexpr int columns = ACROSS < 8 ? ACROSS : 8, at_once = 16 / columns;
+    // As many loads are on their way at a time as there are registers for: one takes as long.
+    constexpr int columns = ACROSS < 8 ? ACROSS : 8, at_once = (DOWN > 2 ? 8 : 16) / columns;
 #pragma unroll
     for (int i = 0; i < DOWN; i++) {
 #pragma unroll
