@@ -7,6 +7,8 @@
 //! Tokens lie in *tiles* of eight, units of a tile one after the other, a *record* each: the eight tokens' values,
 //! scales and sums. A tile is so read front to back, whether for eight tokens or for one.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::ops::Range;
 
 use setu_core::{Error, Result};
@@ -119,9 +121,7 @@ impl Activations {
             match isa.kind() {
                 Kind::Portable => write_row(self.precision, values, to),
                 #[cfg(target_arch = "x86_64")]
-                Kind::Avx2 | Kind::Avx2Vnni => write_row_avx2(self.precision, values, to),
-                #[cfg(target_arch = "x86_64")]
-                Kind::Avx512 => write_row_avx512(self.precision, values, to),
+                Kind::Avx2 | Kind::Avx2Vnni | Kind::Avx512 => write_row_avx2(self.precision, values, to),
             }
         }
     }
@@ -147,6 +147,13 @@ impl Activations {
             }
         };
         (0..self.cols).map(value).collect()
+    }
+
+    /// All records.
+    #[cfg(test)]
+    pub(super) fn bytes(&mut self) -> &[u8] {
+        // SAFETY: the region was zeroed, and `&mut self` keeps writers out.
+        unsafe { std::slice::from_raw_parts(self.bytes.as_ptr(), self.bytes.len()) }
     }
 
     pub(super) fn holds(&self, tokens: &Range<usize>) -> bool {
@@ -200,55 +207,49 @@ pub(super) const MAX_INT16: f32 = 16_383.0;
 const SMALLEST: f32 = 1e-30;
 
 /// # Safety
-/// The machine must have AVX-512F and AVX-512BW; else as for [`write_row`].
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
-unsafe fn write_row_avx512(precision: Precision, values: &[f32], to: Slot) {
-    // SAFETY: as the caller vouches.
-    unsafe { write_row(precision, values, to) }
-}
-
-/// # Safety
 /// The machine must have AVX2; else as for [`write_row`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn write_row_avx2(precision: Precision, values: &[f32], to: Slot) {
     // SAFETY: as the caller vouches.
-    unsafe { write_row(precision, values, to) }
+    unsafe {
+        match precision {
+            Precision::Int8 => write_units(precision, values, to, |unit, to| write_bytes_avx2(unit, to)),
+            Precision::Int16 => write_units(precision, values, to, |unit, to| write_words_avx2(unit, to)),
+            Precision::F32 => write_units(precision, values, to, |unit, to| write_floats(unit, to)),
+        }
+    }
 }
 
 /// # Safety
 /// `to` must be a slot of `precision` with records for all of `values`, and nobody else's.
+unsafe fn write_row(precision: Precision, values: &[f32], to: Slot) {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        match precision {
+            Precision::Int8 => write_units(precision, values, to, |unit, to| {
+                let integers = write_scales(unit, to, Precision::Int8.record(), MAX_INT8);
+                to.put(0, integers.map(|integer| integer as i8));
+            }),
+            Precision::Int16 => write_units(precision, values, to, |unit, to| {
+                let integers = write_scales(unit, to, Precision::Int16.record(), MAX_INT16);
+                to.put(0, paired(&integers).map(|integer| integer as i16));
+            }),
+            Precision::F32 => write_units(precision, values, to, |unit, to| write_floats(unit, to)),
+        }
+    }
+}
+
+/// Calls `write` for each unit of `values` and its slot; the last is filled up with zeros.
 #[inline(always)]
-unsafe fn write_row(precision: Precision, values: &[f32], mut to: Slot) {
+fn write_units(precision: Precision, values: &[f32], mut to: Slot, write: impl Fn(&[f32; UNIT], Slot)) {
     let (units, rest) = values.as_chunks::<UNIT>();
     let mut last = [0.0; UNIT];
     last[..rest.len()].copy_from_slice(rest);
     let last = if rest.is_empty() { None } else { Some(&last) };
     for unit in units.iter().chain(last) {
-        // SAFETY: as the caller vouches, one record a unit.
-        unsafe {
-            match precision {
-                Precision::Int8 => {
-                    let integers = write_scales(unit, to, Precision::Int8.record(), MAX_INT8);
-                    let mut values = [0_i8; UNIT];
-                    for (value, integer) in values.iter_mut().zip(integers) {
-                        *value = integer as i8;
-                    }
-                    to.put(0, values);
-                }
-                Precision::Int16 => {
-                    let integers = write_scales(unit, to, Precision::Int16.record(), MAX_INT16);
-                    let mut values = [0_i16; UNIT];
-                    for (value, integer) in values.iter_mut().zip(paired(&integers)) {
-                        *value = integer as i16;
-                    }
-                    to.put(0, values);
-                }
-                Precision::F32 => write_floats(unit, to),
-            }
-            to = Slot { unit: to.unit.wrapping_add(precision.record().bytes), ..to };
-        }
+        write(unit, to);
+        to = Slot { unit: to.unit.wrapping_add(precision.record().bytes), ..to };
     }
 }
 
@@ -259,15 +260,10 @@ fn paired<T: Copy>(values: &[T; UNIT]) -> [T; UNIT] {
     std::array::from_fn(|i| values[i / 4 * 4 + [0, 2, 1, 3][i % 4]])
 }
 
-/// Writes scale and sums of integers up to `max`, and returns those.
-///
-/// # Safety
-/// `to` must be a slot of `record`.
+/// What values up to `largest` are multiplied by to become integers up to `max`, and what integers are multiplied by
+/// to become values.
 #[inline(always)]
-unsafe fn write_scales(values: &[f32; UNIT], to: Slot, record: Record, max: f32) -> [i32; UNIT] {
-    // Compared as integers, infinity and NaN are larger than all finite values.
-    let largest = values.iter().map(|x| x.to_bits() & !(1 << 31)).fold(0, u32::max);
-    let largest = f32::from_bits(largest);
+fn scales(largest: f32, max: f32) -> (f32, f32) {
     let usable = (SMALLEST..=f32::MAX).contains(&largest);
     let inverse = if usable { max / largest } else { 0.0 };
     let scale = match usable {
@@ -275,26 +271,102 @@ unsafe fn write_scales(values: &[f32; UNIT], to: Slot, record: Record, max: f32)
         false if largest < SMALLEST => 0.0,
         false => f32::NAN,
     };
-    // One loop over all, because the compiler makes vectors of it; `map` and shorter loops it takes apart, here and where
-    // the integers are narrowed.
-    let mut integers = [0_i32; UNIT];
-    let (mut sum, mut second_sum) = (0_i32, 0_i32);
-    for (i, (integer, x)) in integers.iter_mut().zip(values).enumerate() {
-        // Adding 1.5 × 2^23 leaves the integer, rounded to nearest, in the low bits.
-        let shifted = x * inverse + 12_582_912.0;
-        *integer = (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000);
-        sum = sum.wrapping_add(*integer);
-        second_sum = second_sum.wrapping_add(if i < UNIT / 2 { 0 } else { *integer });
-    }
+    (inverse, scale)
+}
+
+/// Writes what a record says of a unit's integers, whose halves add up to `sums`.
+///
+/// # Safety
+/// `to` must be a slot of `record`.
+#[inline(always)]
+unsafe fn write_sums(scale: f32, sums: [i32; 2], to: Slot, record: Record) {
+    let sum = sums[0].wrapping_add(sums[1]);
     // SAFETY: as the caller vouches, these are the places of the record's parts.
     unsafe {
         to.put(record.scales, scale);
         to.put(record.scaled_sums, scale * sum as f32);
-        for (i, sum) in [sum.wrapping_sub(second_sum), second_sum, sum].into_iter().enumerate() {
+        for (i, sum) in [sums[0], sums[1], sum].into_iter().enumerate() {
             to.put(record.sums + 4 * TILE * i, sum.wrapping_neg());
         }
     }
+}
+
+/// Writes scale and sums of integers up to `max`, and returns those.
+///
+/// # Safety
+/// `to` must be a slot of `record`.
+unsafe fn write_scales(values: &[f32; UNIT], to: Slot, record: Record, max: f32) -> [i32; UNIT] {
+    // Compared as integers, infinity and NaN are larger than all finite values.
+    let largest = values.iter().map(|x| x.to_bits() & !(1 << 31)).fold(0, u32::max);
+    let (inverse, scale) = scales(f32::from_bits(largest), max);
+    // Adding 1.5 × 2^23 leaves the integer, rounded to nearest, in the low bits.
+    let integers = values.map(|x| ((x * inverse + 12_582_912.0).to_bits() as i32).wrapping_sub(0x4b40_0000));
+    let (first, second) = integers.split_at(UNIT / 2);
+    let sums = [first, second].map(|half| half.iter().fold(0, |sum: i32, x| sum.wrapping_add(*x)));
+    // SAFETY: as the caller vouches.
+    unsafe { write_sums(scale, sums, to, record) };
     integers
+}
+
+/// [`write_scales`] in vectors: left to the compiler, it takes up to ten times as long.
+///
+/// # Safety
+/// `to` must be a slot of `record`.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn write_scales_avx2(values: &[f32; UNIT], to: Slot, record: Record, max: f32) -> [__m256i; 4] {
+    // The highest, or the sum, of a vector's lanes.
+    macro_rules! across {
+        ($op:ident($vector:expr)) => {{
+            let all = $op(_mm256_castsi256_si128($vector), _mm256_extracti128_si256::<1>($vector));
+            let all = $op(all, _mm_shuffle_epi32::<0b01_00_11_10>(all));
+            _mm_cvtsi128_si32($op(all, _mm_shuffle_epi32::<0b10_11_00_01>(all)))
+        }};
+    }
+    // SAFETY: a unit has four times eight values.
+    let values: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(values.as_ptr().add(8 * i)) });
+    let magnitude = _mm256_set1_epi32(i32::MAX);
+    let [a, b, c, d] = values.map(|x| _mm256_and_si256(_mm256_castps_si256(x), magnitude));
+    let largest = _mm256_max_epi32(_mm256_max_epi32(a, b), _mm256_max_epi32(c, d));
+    let (inverse, scale) = scales(f32::from_bits(across!(_mm_max_epi32(largest)) as u32), max);
+    let inverse = _mm256_set1_ps(inverse);
+    let [a, b, c, d] = values.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
+    let sums = [across!(_mm_add_epi32(_mm256_add_epi32(a, b))), across!(_mm_add_epi32(_mm256_add_epi32(c, d)))];
+    // SAFETY: as the caller vouches.
+    unsafe { write_sums(scale, sums, to, record) };
+    [a, b, c, d]
+}
+
+/// # Safety
+/// `to` must be a slot of a record of bytes.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn write_bytes_avx2(values: &[f32; UNIT], to: Slot) {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let [a, b, c, d] = write_scales_avx2(values, to, Precision::Int8.record(), MAX_INT8);
+        // Packing goes by halves of vectors: quads 0 2 4 6 and 1 3 5 7.
+        let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+        to.put(0, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+    }
+}
+
+/// # Safety
+/// `to` must be a slot of a record of sixteen bits a value.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn write_words_avx2(values: &[f32; UNIT], to: Slot) {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let integers = write_scales_avx2(values, to, Precision::Int16.record(), MAX_INT16);
+        // As `paired` has them.
+        let [a, b, c, d] = integers.map(|quads| _mm256_shuffle_epi32::<0b11_01_10_00>(quads));
+        let words = [_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)];
+        to.put(0, words.map(|words| _mm256_permute4x64_epi64::<0b11_01_10_00>(words)));
+    }
 }
 
 /// # Safety

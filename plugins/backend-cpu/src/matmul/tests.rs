@@ -232,6 +232,27 @@ fn activations_keep_their_precision() {
 }
 
 #[test]
+fn every_instruction_set_prepares_the_same_activations() {
+    let mut random = Random(7);
+    let mut x: Vec<f32> = (0..9 * 77).map(|_| random.activation()).collect();
+    // Halfway between integers, zeros, and what is too small to have a scale.
+    x[..32].iter_mut().enumerate().for_each(|(i, x)| *x = if i == 0 { 127.0 } else { i as f32 - 16.5 });
+    x[77..77 + 32].fill(0.0);
+    x[2 * 77..2 * 77 + 32].fill(1e-35);
+    for precision in [Precision::Int8, Precision::Int16] {
+        let prepared = |isa| {
+            let mut activations = Activations::new(precision, 9, 77).unwrap();
+            activations.quantize(isa, 0, &x);
+            activations.bytes().to_vec()
+        };
+        let expected = prepared(Isa::PORTABLE);
+        for isa in Isa::available() {
+            assert!(prepared(isa) == expected, "{isa} {precision:?}");
+        }
+    }
+}
+
+#[test]
 fn splits_change_no_bit() {
     let mut random = Random(3);
     for isa in Isa::available() {

@@ -49,9 +49,11 @@ macro_rules! apply {
         for chunk in chunks {
             *chunk = $function(*chunk);
         }
-        let mut last = [0.0; LANES];
-        last[..rest.len()].copy_from_slice(rest);
-        rest.copy_from_slice(&$function(last)[..rest.len()]);
+        if !rest.is_empty() {
+            let mut last = [0.0; LANES];
+            last[..rest.len()].copy_from_slice(rest);
+            rest.copy_from_slice(&$function(last)[..rest.len()]);
+        }
     }};
 }
 
@@ -109,10 +111,12 @@ vectorized! {
         for (gate, up) in chunks.iter_mut().zip(up_chunks) {
             *gate = lanes::silu_gate(*gate, *up);
         }
-        let (mut last, mut last_up) = ([0.0; LANES], [0.0; LANES]);
-        last[..rest.len()].copy_from_slice(rest);
-        last_up[..rest.len()].copy_from_slice(&up_rest[..rest.len()]);
-        rest.copy_from_slice(&lanes::silu_gate(last, last_up)[..rest.len()]);
+        if !rest.is_empty() {
+            let (mut last, mut last_up) = ([0.0; LANES], [0.0; LANES]);
+            last[..rest.len()].copy_from_slice(rest);
+            last_up[..rest.len()].copy_from_slice(&up_rest[..rest.len()]);
+            rest.copy_from_slice(&lanes::silu_gate(last, last_up)[..rest.len()]);
+        }
     }
 
     fn gelu(values: &mut [f32]) {

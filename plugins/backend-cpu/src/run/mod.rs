@@ -34,6 +34,9 @@ const PRIVATE_ROWS: usize = 2;
 /// Most wanted rows that the tail runs for at a time.
 const TAIL_ROWS: usize = 64;
 
+/// Rows that a matmul's results are finished for before the next.
+const ROWS_AT_ONCE: usize = 64;
+
 /// How much of each of the next matmul's matrices a thread asks for while it waits for others.
 const ASKED_BYTES: usize = 16 << 10;
 
@@ -404,22 +407,22 @@ impl Compiled {
                 if from < to {
                     let blocks = from - start..to - start;
                     let cols = blocks.start * ROWS..bundle.cols.min(blocks.end * ROWS);
-                    for part in &bundle.parts {
-                        let weights = &self.matrices[part.matrix];
-                        let output = self.output(&part.out, rows.count);
-                        // SAFETY: the inputs are only read since they were prepared; these columns are this thread's.
-                        unsafe {
-                            part.kernel.run(weights, &inputs[part.activation], 0..rows.count, blocks.clone(), output);
+                    // What was just computed is near when elementwise ops read it.
+                    for first in (0..rows.count).step_by(ROWS_AT_ONCE) {
+                        let tokens = first..rows.count.min(first + ROWS_AT_ONCE);
+                        for part in &bundle.parts {
+                            let (weights, input) = (&self.matrices[part.matrix], &inputs[part.activation]);
+                            let output = self.output(&part.out, rows.count);
+                            // SAFETY: the inputs are only read since they were prepared; these columns are this thread's.
+                            unsafe { part.kernel.run(weights, input, tokens.clone(), blocks.clone(), output) };
                         }
-                        if let Some(bias) = &part.bias {
-                            for row in 0..rows.count {
-                                let out = self.write(&part.out, row, cols.clone());
-                                vector::add(self.vectors, out, &bias[cols.clone()]);
+                        for row in tokens {
+                            for part in &bundle.parts {
+                                if let Some(bias) = &part.bias {
+                                    let out = self.write(&part.out, row, cols.clone());
+                                    vector::add(self.vectors, out, &bias[cols.clone()]);
+                                }
                             }
-                        }
-                    }
-                    if !bundle.elements.is_empty() {
-                        for row in 0..rows.count {
                             for element in &bundle.elements {
                                 self.element(element, rows, row, cols.clone());
                             }
