@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::commands::{
-    bench, chat, check, completions, config, doctor, keys, make_dummy, model, plugins, run, score, serve, tokenize, why,
+    bench, chat, check, completions, config, doctor, kernels, keys, make_dummy, model, plugins, run, score, serve,
+    tokenize, why,
 };
 use crate::config::{Settings, read};
 use crate::logging;
@@ -81,6 +82,7 @@ fn dispatch(name: &str, matches: &ArgMatches, mut setup: Setup) -> Result<(), Fa
             "plugins" => plugins::main(matches, &mut setup),
             "config" => config::main(matches, &mut setup),
             "doctor" => doctor::main(matches, &mut setup),
+            "kernels" => kernels::main(matches),
             "keys" => keys::main(matches, &mut setup),
             "model" => model::main(matches, &mut setup),
             "why" => why::main(matches),
@@ -261,6 +263,7 @@ pub fn command(setup: &Setup) -> Command {
         .subcommand(setup.add_flags(
             Command::new("doctor").about("What this machine has to run models on, and what is missing").arg(json()),
         ))
+        .subcommand(kernels::command())
         .subcommand(why)
         .subcommand(Command::new("completions").about("Shell completions").arg(
             Arg::new("shell").value_name("SHELL").required(true).value_parser(value_parser!(clap_complete::Shell)),

@@ -1,5 +1,7 @@
 //! What is linked into this program. Adding a component to the build is a line here and one in `Cargo.toml`.
 
+use std::path::{Path, PathBuf};
+
 use setu_backend_cpu::CpuConfig;
 use setu_backend_cpu::config::Activations;
 use setu_backend_cpu::matmul::Precision;
@@ -57,8 +59,29 @@ pub fn findings() -> Vec<(String, std::result::Result<String, String>)> {
 }
 
 /// Folders that backends keep files in, and what for.
-pub fn backend_folders() -> Vec<(&'static str, std::path::PathBuf)> {
-    setu_backend_cuda::diagnosis::kernel_cache().map(|folder| ("compiled kernels", folder)).into_iter().collect()
+pub fn backend_folders() -> Vec<(&'static str, PathBuf)> {
+    setu_backend_cuda::diagnosis::kernel_folders().into_iter().map(|folder| ("compiled kernels", folder)).collect()
+}
+
+/// GPU architectures that kernels are compiled for where nobody names others.
+pub const KERNEL_ARCHITECTURES: &[&str] = &setu_backend_cuda::kernels::ARCHITECTURES;
+
+/// Compiles all kernels for GPUs of `architecture`, by the NVRTC library at `nvrtc` or where it usually is, into `folder`
+/// or where they are kept. Tells how many are done of how many; returns that number and the folder.
+///
+/// # Errors
+/// There is no NVRTC, it refuses the architecture, or the folder can't be written.
+pub fn compile_kernels(
+    architecture: &str,
+    nvrtc: Option<&Path>,
+    folder: Option<PathBuf>,
+    told: &(dyn Fn(usize, usize) + Sync),
+) -> Result<(usize, PathBuf)> {
+    let folder = folder.or_else(setu_backend_cuda::images::default_cache);
+    let folder = folder.ok_or_else(|| Error::config("there is no folder for kernels: name one with --out"))?;
+    let nvrtc = setu_backend_cuda::nvrtc::Nvrtc::load(nvrtc)?;
+    let count = setu_backend_cuda::images::Images::of(folder.clone()).fill(nvrtc, architecture, told)?;
+    Ok((count, folder))
 }
 
 /// What a backend could do at most on this machine, as far as it can be measured.

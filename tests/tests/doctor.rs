@@ -27,6 +27,22 @@ fn report(output: &Output) -> (String, Vec<(String, String, bool, String)>) {
 }
 
 #[test]
+fn kernels_compiled_ahead_ask_for_what_they_need() {
+    let refused = |args: &[&str], code: i32, parts: &[&str]| {
+        let output = run(&[&["kernels"], args].concat());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {said}");
+        for part in parts {
+            assert!(said.contains(part), "{part:?} is missing in: {said}");
+        }
+    };
+    refused(&["--for", "sm_75"], 2, &["sm_75", "sm_80, is the least"]);
+    refused(&["--for", "sm_80,hopper"], 2, &["hopper", "none such as sm_80"]);
+    let nowhere = ["--for", "sm_80", "--nvrtc", "/nowhere/libnvrtc.so.12", "--out", "/nowhere/kernels"];
+    refused(&nowhere, 1, &["sm_80", "/nowhere/libnvrtc.so.12", "pip install"]);
+}
+
+#[test]
 fn it_tells_what_there_is_and_what_is_missing() {
     let (backend, lines) = report(&run(&["doctor", "--json"]));
     let of = |what: &str| lines.iter().find(|line| line.1 == what).unwrap_or_else(|| panic!("nothing on {what}"));
@@ -37,7 +53,7 @@ fn it_tells_what_there_is_and_what_is_missing() {
     assert_eq!(backend == "cuda", of("cuda").2);
     assert!(*found || (text.contains("libcuda.so.1") && text.contains("install the driver")), "{text}");
     let (_, _, found, text) = of("NVRTC");
-    assert!(*found || (text.contains("pip install") && text.contains("compiled for this GPU before")), "{text}");
+    assert!(*found || (text.contains("pip install") && text.contains("`setu kernels`")), "{text}");
     let shown = String::from_utf8(run(&["doctor"]).stdout).expect("UTF-8");
     for line in &lines {
         assert!(shown.contains(&line.1), "{} is missing in\n{shown}", line.1);

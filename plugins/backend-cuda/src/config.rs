@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use setu_core::config::Config;
 
-/// Runs graphs on an NVIDIA GPU. Needs the NVIDIA driver, and NVRTC to compile the kernels at first use.
+/// Runs graphs on an NVIDIA GPU. Needs the NVIDIA driver, and NVRTC to compile the kernels at first use or kernels that `setu kernels` compiled.
 #[derive(Config, Clone, Debug, PartialEq)]
 pub struct CudaConfig {
     /// Which of the devices, counted from 0; `CUDA_VISIBLE_DEVICES` renumbers them.
@@ -27,6 +27,7 @@ pub struct CudaConfig {
     pub overlap: bool,
     /// The NVRTC library to compile kernels with; without it, it is looked for in the usual places.
     pub nvrtc: Option<PathBuf>,
-    /// Folder where compiled kernels are kept; without it, `kernels` in Setu's cache.
+    /// Folder where compiled kernels are kept; without it, `kernels` in Setu's cache. Those in a folder `kernels` beside the
+    /// program are used too.
     pub kernel_cache: Option<PathBuf>,
 }

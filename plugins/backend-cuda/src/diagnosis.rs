@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::gpu::{Device, mib};
+use crate::images::Images;
 use crate::nvrtc::Nvrtc;
 use crate::probe;
 
@@ -34,14 +35,14 @@ pub fn findings() -> Vec<Finding> {
         let ((major, minor), path) = (nvrtc.version(), loaded_from("libnvrtc.so").unwrap_or(path));
         format!("{major}.{minor}, {}", path.display())
     });
-    let without = "without it only models run whose kernels were compiled for this GPU before";
+    let without = "without it only kernels run that were compiled before, here or elsewhere by `setu kernels`";
     findings.push(finding("NVRTC", nvrtc.map_err(|error| format!("{}\n{without}", error.message()))));
     findings
 }
 
-/// Folder where compiled kernels are kept, if there is one.
-pub fn kernel_cache() -> Option<PathBuf> {
-    crate::kernels::default_cache()
+/// Folders with compiled kernels: the one where they are kept, and the one that came with the program.
+pub fn kernel_folders() -> Vec<PathBuf> {
+    Images::new(None).folders().map(PathBuf::from).collect()
 }
 
 fn device(ordinal: u32) -> Result<String, String> {

@@ -1,17 +1,17 @@
-//! The kernels: their sources, how they are compiled, and where the results are kept.
+//! The kernels: their sources, how they are compiled, and which a graph needs.
 //!
 //! A unit is a source compiled for one format. It is compiled when a graph first needs it, for the device at
-//! hand, and kept on disk under a digest of everything that the result depends on.
+//! hand, unless it was [before](Images).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use setu_core::{DType, Error, Result};
 use sha2::{Digest, Sha256};
 
 use crate::config::CudaConfig;
 use crate::gpu::{Device, Kernel, Module};
+use crate::images::Images;
 use crate::nvrtc::{Nvrtc, Source};
 
 macro_rules! files {
@@ -61,6 +61,9 @@ const SOURCES: &[(&str, &str)] = files![
     "sample.cu",
     "slot.cu",
 ];
+
+/// Architectures that kernels are tested to compile for: the oldest of each generation.
+pub const ARCHITECTURES: [&str; 3] = ["sm_80", HOPPER, "sm_100"];
 
 /// The architecture whose tensor cores `bulk.cu`, `hopper.cu` and `prefill_hopper.cu` are for: with the `a`, what later ones don't have.
 const HOPPER: &str = "sm_90a";
@@ -132,15 +135,15 @@ impl Unit {
         nvrtc.compile(self.source()?, &options)
     }
 
-    /// A digest of all that the compiled unit depends on.
-    fn digest(self, architecture: &str, compiler: (i32, i32)) -> Result<String> {
+    /// A digest of all that the compiled unit depends on, but for the compiler.
+    pub(crate) fn digest(self, architecture: &str) -> Result<String> {
         let source = self.source()?;
         let mut digest = Sha256::new();
         for (name, text) in source.headers.iter().chain([&(source.name, source.text)]) {
             digest.update(name.as_bytes());
             digest.update(text.as_bytes());
         }
-        digest.update(format!("{:?} {compiler:?}", self.options(architecture)).as_bytes());
+        digest.update(format!("{:?}", self.options(architecture)).as_bytes());
         Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 }
@@ -161,9 +164,9 @@ pub struct Kernels {
     architecture: String,
     emulated: bool,
     portable: bool,
-    nvrtc: Option<Nvrtc>,
+    nvrtc: Option<Result<Nvrtc>>,
     nvrtc_path: Option<PathBuf>,
-    cache: Option<PathBuf>,
+    images: Images,
     modules: HashMap<Unit, Module>,
 }
 
@@ -183,7 +186,7 @@ impl Kernels {
             portable: config.portable,
             nvrtc: None,
             nvrtc_path: config.nvrtc.clone(),
-            cache: config.kernel_cache.clone().or_else(default_cache),
+            images: Images::new(config.kernel_cache.clone()),
             modules: HashMap::new(),
         })
     }
@@ -194,7 +197,12 @@ impl Kernels {
     /// There is no compiler, or the device refuses what it made.
     pub fn get(&mut self, unit: Unit, name: &str) -> Result<Kernel> {
         if !self.modules.contains_key(&unit) {
-            let image = if self.emulated { EMULATED.as_bytes().to_vec() } else { self.image(unit)? };
+            let image = if self.emulated {
+                EMULATED.as_bytes().to_vec()
+            } else {
+                let nvrtc = compiler(&mut self.nvrtc, self.nvrtc_path.as_deref())?;
+                self.images.get(nvrtc, &self.architecture, unit)?
+            };
             let module = self.device.load(&image).map_err(|error| error.within(unit))?;
             self.modules.insert(unit, module);
         }
@@ -221,9 +229,9 @@ impl Kernels {
             return Ok(());
         }
         let missing: Vec<Unit> = units.iter().copied().filter(|unit| !self.modules.contains_key(unit)).collect();
-        let nvrtc = self.compiler()?;
-        let (architecture, cache) = (self.architecture.as_str(), self.cache.as_deref());
-        let compile = |unit: Unit| image_by(nvrtc, architecture, cache, unit);
+        let nvrtc = compiler(&mut self.nvrtc, self.nvrtc_path.as_deref())?;
+        let (images, architecture) = (&self.images, self.architecture.as_str());
+        let compile = |unit: Unit| images.get(nvrtc, architecture, unit);
         let images: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
             let threads: Vec<_> = missing.iter().map(|&unit| scope.spawn(move || compile(unit))).collect();
             let panicked = || Err(Error::internal("compiling kernels panicked"));
@@ -235,60 +243,17 @@ impl Kernels {
         }
         Ok(())
     }
-
-    fn compiler(&mut self) -> Result<Nvrtc> {
-        match self.nvrtc {
-            Some(nvrtc) => Ok(nvrtc),
-            None => Ok(*self.nvrtc.insert(Nvrtc::load(self.nvrtc_path.as_deref())?)),
-        }
-    }
-
-    fn image(&mut self, unit: Unit) -> Result<Vec<u8>> {
-        let nvrtc = self.compiler()?;
-        image_by(nvrtc, &self.architecture, self.cache.as_deref(), unit)
-    }
 }
 
-/// A unit's image as it was kept, or compiled and then kept.
-fn image_by(nvrtc: Nvrtc, architecture: &str, cache: Option<&Path>, unit: Unit) -> Result<Vec<u8>> {
-    let digest = unit.digest(architecture, nvrtc.version())?;
-    let path = cache.map(|cache| cache.join(format!("{digest}.cubin")));
-    if let Some(image) = path.as_deref().and_then(read_image) {
-        return Ok(image);
+/// The compiler, looked for once; or why there is none.
+///
+/// # Errors
+/// It isn't at `path`: whoever names a compiler wants that one.
+fn compiler<'a>(found: &'a mut Option<Result<Nvrtc>>, path: Option<&Path>) -> Result<&'a Result<Nvrtc>> {
+    match found.get_or_insert_with(|| Nvrtc::load(path)) {
+        Err(error) if path.is_some() => Err(error.clone()),
+        found => Ok(found),
     }
-    let started = Instant::now();
-    let compiled = unit.compile(&nvrtc, architecture).map_err(|error| error.within(unit))?;
-    let seconds = started.elapsed().as_secs_f64();
-    tracing::info!(kernels = %unit, architecture, seconds, "Compiled kernels.");
-    if let Some(Err(error)) = path.as_deref().map(|path| keep(path, &compiled.cubin)) {
-        tracing::warn!(%error, "Compiled kernels can't be kept; the next start compiles them again.");
-    }
-    Ok(compiled.cubin)
-}
-
-/// A kept image, if it is whole: a CUBIN is an ELF file, and the last bytes are its own digest.
-fn read_image(path: &Path) -> Option<Vec<u8>> {
-    let mut bytes = std::fs::read(path).ok()?;
-    let digest = bytes.split_off(bytes.len().checked_sub(32)?);
-    (bytes.starts_with(b"\x7fELF") && Sha256::digest(&bytes)[..] == digest[..]).then_some(bytes)
-}
-
-/// Keeps an image. Written beside its place and moved there, so that nobody reads half a file.
-fn keep(path: &Path, image: &[u8]) -> std::io::Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    let partial = path.with_extension(format!("{}.partial", std::process::id()));
-    std::fs::write(&partial, [image, &Sha256::digest(image)].concat())?;
-    std::fs::rename(&partial, path)
-}
-
-/// `kernels` in the folder that Setu keeps models in.
-pub fn default_cache() -> Option<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let setu = variable("SETU_CACHE");
-    let setu = setu.or_else(|| variable("XDG_CACHE_HOME").map(|cache| cache.join("setu")));
-    setu.or_else(|| variable("HOME").map(|home| home.join(".cache/setu"))).map(|cache| cache.join("kernels"))
 }
 
 #[cfg(test)]
@@ -296,31 +261,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_digest_depends_on_source_format_architecture_and_compiler() {
+    fn a_digest_depends_on_source_format_and_architecture() {
         let unit = Unit { file: "linear", format: Some(DType::Q4K) };
-        let digest = unit.digest("sm_90", (12, 9)).unwrap();
-        assert_eq!(digest, unit.digest("sm_90", (12, 9)).unwrap());
+        let digest = unit.digest("sm_90").unwrap();
+        assert_eq!(digest, unit.digest("sm_90").unwrap());
         let others = [
-            unit.digest("sm_80", (12, 9)),
-            unit.digest("sm_90", (13, 0)),
-            Unit { format: Some(DType::Q5K), ..unit }.digest("sm_90", (12, 9)),
-            Unit { file: "embed", ..unit }.digest("sm_90", (12, 9)),
+            unit.digest("sm_80"),
+            Unit { format: Some(DType::Q5K), ..unit }.digest("sm_90"),
+            Unit { file: "embed", ..unit }.digest("sm_90"),
         ];
         assert!(others.into_iter().all(|other| other.unwrap() != digest));
-    }
-
-    #[test]
-    fn a_damaged_image_is_not_used() {
-        let folder = std::env::temp_dir().join(format!("setu-kernels-{}", std::process::id()));
-        let path = folder.join("a.cubin");
-        keep(&path, b"\x7fELF and more").unwrap();
-        assert_eq!(read_image(&path).as_deref(), Some(&b"\x7fELF and more"[..]));
-        let mut bytes = std::fs::read(&path).unwrap();
-        bytes[6] ^= 1;
-        std::fs::write(&path, &bytes).unwrap();
-        assert_eq!(read_image(&path), None);
-        std::fs::write(&path, &bytes[..10]).unwrap();
-        assert_eq!(read_image(&path), None);
-        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

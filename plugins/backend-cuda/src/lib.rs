@@ -6,7 +6,7 @@
 //! it (`sampler`). Two steps may be in flight.
 //!
 //! Nothing of CUDA is needed to build. At run time the driver and NVRTC are looked for (`probe`, `nvrtc`); the
-//! kernels in `kernels/` are compiled for the device at first use and kept on disk (`kernels`). The tests run all of
+//! kernels in `kernels/` are compiled for the device at first use and kept on disk (`kernels`, `images`). The tests run all of
 //! it, unmodified, on the driver in `emulator/`.
 //!
 //! Few rows are multiplied without tensor cores and many with them (`product`), so that a token's last bits may depend
@@ -16,6 +16,7 @@
 pub mod ceilings;
 pub mod config;
 pub mod diagnosis;
+pub mod images;
 pub mod kernels;
 pub mod nvrtc;
 

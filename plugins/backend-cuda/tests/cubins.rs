@@ -5,16 +5,22 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 
-use setu_backend_cuda::kernels::Unit;
+use setu_backend_cuda::images::Images;
+use setu_backend_cuda::kernels::{ARCHITECTURES, Unit};
 use setu_backend_cuda::nvrtc::Nvrtc;
 
 const PACKAGE: &str = "nvidia-cuda-nvrtc-cu12==12.9.86";
 const LIBRARY: &str = "nvidia/cuda_nvrtc/lib/libnvrtc.so.12";
-const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_90a", "sm_100"];
 
 /// The library, installed below the target folder.
-fn library() -> Result<PathBuf, String> {
+fn library() -> &'static Result<PathBuf, String> {
+    static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    LIBRARY.get_or_init(install)
+}
+
+fn install() -> Result<PathBuf, String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(PACKAGE);
     let library = folder.join(LIBRARY);
     if library.exists() {
@@ -70,6 +76,22 @@ fn compile_all(nvrtc: &Nvrtc, architecture: &str) -> (usize, Vec<String>) {
     (kernels, wrong)
 }
 
+/// What is compiled where there is NVRTC is found where there is none.
+#[test]
+fn kernels_compiled_ahead_need_no_compiler() {
+    let Ok(library) = library() else { return };
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("images-{}", std::process::id()));
+    let images = Images::of(folder.clone());
+    let unit = Unit { file: "norm", format: None };
+    let compiled = images.get(&Nvrtc::load(Some(library)), "sm_80", unit).unwrap();
+    let none = || Nvrtc::load(Some(Path::new("/nowhere/libnvrtc.so")));
+    assert!(none().is_err());
+    assert!(images.get(&none(), "sm_80", unit).unwrap() == compiled);
+    assert!(images.get(&none(), "sm_86", unit).unwrap() == compiled, "by the machine code of sm_80");
+    assert!(images.get(&none(), "sm_100", unit).is_err());
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 #[test]
 fn every_kernel_compiles_to_machine_code_and_spills_nothing() {
     let library = match library() {
@@ -80,7 +102,7 @@ fn every_kernel_compiles_to_machine_code_and_spills_nothing() {
             return;
         }
     };
-    let nvrtc = Nvrtc::load(Some(&library)).unwrap_or_else(|error| panic!("{error}"));
+    let nvrtc = Nvrtc::load(Some(library)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(nvrtc.version(), (12, 9));
     // One thread for each architecture: there is a lot to compile.
     let compiled = std::thread::scope(|scope| {

@@ -6,6 +6,7 @@ pub mod check;
 pub mod completions;
 pub mod config;
 pub mod doctor;
+pub mod kernels;
 pub mod keys;
 pub mod make_dummy;
 pub mod model;
