@@ -229,11 +229,19 @@ unsafe fn write_row(precision: Precision, values: &[f32], to: Slot) {
         match precision {
             Precision::Int8 => write_units(precision, values, to, |unit, to| {
                 let integers = write_scales(unit, to, Precision::Int8.record(), MAX_INT8);
-                to.put(0, integers.map(|integer| integer as i8));
+                let mut values = [0_i8; UNIT];
+                for (value, integer) in values.iter_mut().zip(integers) {
+                    *value = integer as i8;
+                }
+                to.put(0, values);
             }),
             Precision::Int16 => write_units(precision, values, to, |unit, to| {
                 let integers = write_scales(unit, to, Precision::Int16.record(), MAX_INT16);
-                to.put(0, paired(&integers).map(|integer| integer as i16));
+                let mut values = [0_i16; UNIT];
+                for (value, integer) in values.iter_mut().zip(paired(&integers)) {
+                    *value = integer as i16;
+                }
+                to.put(0, values);
             }),
             Precision::F32 => write_units(precision, values, to, |unit, to| write_floats(unit, to)),
         }
@@ -299,10 +307,18 @@ unsafe fn write_scales(values: &[f32; UNIT], to: Slot, record: Record, max: f32)
     // Compared as integers, infinity and NaN are larger than all finite values.
     let largest = values.iter().map(|x| x.to_bits() & !(1 << 31)).fold(0, u32::max);
     let (inverse, scale) = scales(f32::from_bits(largest), max);
-    // Adding 1.5 × 2^23 leaves the integer, rounded to nearest, in the low bits.
-    let integers = values.map(|x| ((x * inverse + 12_582_912.0).to_bits() as i32).wrapping_sub(0x4b40_0000));
-    let (first, second) = integers.split_at(UNIT / 2);
-    let sums = [first, second].map(|half| half.iter().fold(0, |sum: i32, x| sum.wrapping_add(*x)));
+    // One loop over all, because the compiler makes vectors of it; `map` and shorter loops it takes apart, here and where
+    // the integers are narrowed.
+    let mut integers = [0_i32; UNIT];
+    let (mut sum, mut second) = (0_i32, 0_i32);
+    for (i, (integer, x)) in integers.iter_mut().zip(values).enumerate() {
+        // Adding 1.5 × 2^23 leaves the integer, rounded to nearest, in the low bits.
+        let shifted = x * inverse + 12_582_912.0;
+        *integer = (shifted.to_bits() as i32).wrapping_sub(0x4b40_0000);
+        sum = sum.wrapping_add(*integer);
+        second = second.wrapping_add(if i < UNIT / 2 { 0 } else { *integer });
+    }
+    let sums = [sum.wrapping_sub(second), second];
     // SAFETY: as the caller vouches.
     unsafe { write_sums(scale, sums, to, record) };
     integers
