@@ -16,8 +16,8 @@ pub fn command() -> Command {
         .long_about(
             "Compile the GPU kernels ahead, which needs NVRTC but no GPU.\n\n\
              A machine that has the NVIDIA driver and nothing else of CUDA runs with them: put the folder beside the \
-             program there, or name it in [backend] kernel_cache. They are for this version of Setu alone. Code for an \
-             architecture also runs on later ones with the same first digit, but for those with a letter.",
+             program there, or name it in [backend] kernel_cache. They are for this version of Setu alone. Code for sm_80 \
+             also runs on sm_86 and sm_89, and so in each generation; that for an architecture with a letter, on no other.",
         )
         .arg(
             Arg::new("for")
