@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use setu_backend_cpu::CpuConfig;
 use setu_backend_cpu::config::Activations;
 use setu_backend_cpu::matmul::Precision;
-use setu_backend_cuda::CudaConfig;
+use setu_backend_cuda::nvrtc::Nvrtc;
+use setu_backend_cuda::{CudaConfig, images};
 use setu_core::config::Config;
 use setu_core::{DType, Error, Result};
 
@@ -77,10 +78,9 @@ pub fn compile_kernels(
     folder: Option<PathBuf>,
     told: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<(usize, PathBuf)> {
-    let folder = folder.or_else(setu_backend_cuda::images::default_cache);
+    let folder = folder.or_else(images::default_cache);
     let folder = folder.ok_or_else(|| Error::config("there is no folder for kernels: name one with --out"))?;
-    let nvrtc = setu_backend_cuda::nvrtc::Nvrtc::load(nvrtc)?;
-    let count = setu_backend_cuda::images::Images::of(folder.clone()).fill(nvrtc, architecture, told)?;
+    let count = images::fill(&folder, &Nvrtc::load(nvrtc)?, architecture, told)?;
     Ok((count, folder))
 }
 

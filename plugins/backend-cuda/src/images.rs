@@ -5,7 +5,6 @@
 //! fills on another machine, runs where there is the driver and nothing else of CUDA.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -50,21 +49,18 @@ impl Images {
             Ok(nvrtc) => nvrtc,
             Err(error) => return self.of_any_compiler(error, architecture, unit),
         };
-        let ((major, minor), digest) = (nvrtc.version(), unit.digest(architecture)?);
-        let name = format!("{digest}-{major}.{minor}.cubin");
+        let digest = unit.digest(architecture)?;
+        let name = name(&digest, nvrtc);
         let same = self.folders().find_map(|folder| read(&folder.join(&name)));
         // Those that came with the program are for it, whatever compiler there is now.
         if let Some(image) = same.or_else(|| newest(self.shipped.as_deref(), &digest)) {
             return Ok(image);
         }
-        let started = Instant::now();
-        let compiled = unit.compile(nvrtc, architecture).map_err(|error| error.within(unit))?;
-        let seconds = started.elapsed().as_secs_f64();
-        tracing::info!(kernels = %unit, architecture, seconds, "Compiled kernels.");
-        if let Some(Err(error)) = self.cache.as_ref().map(|cache| keep(&cache.join(name), &compiled.cubin)) {
+        let cubin = compile(nvrtc, architecture, unit)?;
+        if let Some(Err(error)) = self.cache.as_ref().map(|cache| keep(&cache.join(name), &cubin)) {
             tracing::warn!(%error, "Compiled kernels can't be kept; the next start compiles them again.");
         }
-        Ok(compiled.cubin)
+        Ok(cubin)
     }
 
     fn of_any_compiler(&self, missing: &Error, architecture: &str, unit: Unit) -> Result<Vec<u8>> {
@@ -81,40 +77,54 @@ impl Images {
             missing.message()
         )))
     }
+}
 
-    /// Compiles all units for `architecture` that aren't here yet, on all cores, and tells of each that is done how many are
-    /// and how many there are to be. Returns that number.
-    ///
-    /// # Errors
-    /// The compiler refuses one, or it can't be kept.
-    pub fn fill(&self, nvrtc: Nvrtc, architecture: &str, told: &(dyn Fn(usize, usize) + Sync)) -> Result<usize> {
-        let folder = self.cache.as_deref().ok_or_else(|| Error::config("there is no folder to keep kernels in"))?;
-        std::fs::create_dir_all(folder)
-            .map_err(|error| Error::config(format!("{}: the folder can't be made: {error}", folder.display())))?;
-        let units: Vec<Unit> = Unit::all().into_iter().filter(|unit| unit.is_for(architecture)).collect();
-        let nvrtc = Ok(nvrtc);
-        let (next, done, failure) = (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::new(None));
-        let failed = |error: Error| {
-            failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner).get_or_insert(error);
-        };
-        std::thread::scope(|scope| {
-            for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
-                scope.spawn(|| {
-                    while let Some(&unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        if let Err(error) = self.get(&nvrtc, architecture, unit) {
-                            // Nobody has to begin with another.
-                            next.store(units.len(), Ordering::Relaxed);
-                            failed(error);
-                            return;
-                        }
-                        told(done.fetch_add(1, Ordering::Relaxed) + 1, units.len());
-                    }
-                });
-            }
-        });
-        let failure = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        failure.map_or(Ok(units.len()), Err)
-    }
+/// Compiles all units for `architecture` that `folder` doesn't have yet, on all cores, and tells of each that is done how
+/// many are and how many there are to be. Returns that number.
+///
+/// # Errors
+/// The compiler refuses one, or it can't be kept.
+pub fn fill(folder: &Path, nvrtc: &Nvrtc, architecture: &str, told: &(dyn Fn(usize, usize) + Sync)) -> Result<usize> {
+    let fill_one = |unit: Unit| -> Result<()> {
+        let path = folder.join(name(&unit.digest(architecture)?, nvrtc));
+        if read(&path).is_none() {
+            let cubin = compile(nvrtc, architecture, unit)?;
+            keep(&path, &cubin).map_err(|error| Error::config(format!("{} can't be kept: {error}", path.display())))?;
+        }
+        Ok(())
+    };
+    let units: Vec<Unit> = Unit::all().into_iter().filter(|unit| unit.is_for(architecture)).collect();
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let work = || -> Result<()> {
+        while let Some(&unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
+            // Nobody has to begin with another where one failed.
+            fill_one(unit).inspect_err(|_| next.store(units.len(), Ordering::Relaxed))?;
+            told(done.fetch_add(1, Ordering::Relaxed) + 1, units.len());
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+        let panicked = |_| Err(Error::internal("compiling kernels panicked"));
+        let ended: Vec<Result<()>> = threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked)).collect();
+        ended.into_iter().collect::<Result<()>>()
+    })?;
+    Ok(units.len())
+}
+
+/// The name of a file, which [`newest`] takes apart.
+fn name(digest: &str, nvrtc: &Nvrtc) -> String {
+    let (major, minor) = nvrtc.version();
+    format!("{digest}-{major}.{minor}.cubin")
+}
+
+fn compile(nvrtc: &Nvrtc, architecture: &str, unit: Unit) -> Result<Vec<u8>> {
+    let started = Instant::now();
+    let compiled = unit.compile(nvrtc, architecture).map_err(|error| error.within(unit))?;
+    let seconds = started.elapsed().as_secs_f64();
+    tracing::info!(kernels = %unit, architecture, seconds, "Compiled kernels.");
+    Ok(compiled.cubin)
 }
 
 /// `kernels` in the folder that Setu keeps models in.
@@ -126,7 +136,7 @@ pub fn default_cache() -> Option<PathBuf> {
 }
 
 /// `kernels` beside the program, if it is there.
-pub fn shipped() -> Option<PathBuf> {
+fn shipped() -> Option<PathBuf> {
     let folder = std::env::current_exe().ok()?.parent()?.join("kernels");
     folder.is_dir().then_some(folder)
 }

@@ -1,4 +1,4 @@
-//! The kernels: their sources, how they are compiled, and which a graph needs.
+//! The kernels: their sources, how they are compiled, and those that a device has loaded.
 //!
 //! A unit is a source compiled for one format. It is compiled when a graph first needs it, for the device at
 //! hand, unless it was [before](Images).

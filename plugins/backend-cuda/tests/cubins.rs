@@ -7,17 +7,23 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use setu_backend_cuda::images::Images;
+use setu_backend_cuda::images::{self, Images};
 use setu_backend_cuda::kernels::{ARCHITECTURES, Unit};
 use setu_backend_cuda::nvrtc::Nvrtc;
 
 const PACKAGE: &str = "nvidia-cuda-nvrtc-cu12==12.9.86";
 const LIBRARY: &str = "nvidia/cuda_nvrtc/lib/libnvrtc.so.12";
 
-/// The library, installed below the target folder.
-fn library() -> &'static Result<PathBuf, String> {
+/// The library, installed below the target folder; without it, says that `what` is skipped.
+fn library(what: &str) -> Option<&'static Path> {
     static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    LIBRARY.get_or_init(install)
+    let reason = match LIBRARY.get_or_init(install) {
+        Ok(library) => return Some(library),
+        Err(reason) => reason,
+    };
+    // Past the harness, which keeps what passing tests print.
+    let _ = writeln!(std::io::stdout(), "skipped: {what}: {reason}");
+    None
 }
 
 fn install() -> Result<PathBuf, String> {
@@ -79,7 +85,7 @@ fn compile_all(nvrtc: &Nvrtc, architecture: &str) -> (usize, Vec<String>) {
 /// What is compiled where there is NVRTC is found where there is none.
 #[test]
 fn kernels_compiled_ahead_need_no_compiler() {
-    let Ok(library) = library() else { return };
+    let Some(library) = library("kernels compiled ahead") else { return };
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("images-{}", std::process::id()));
     let images = Images::of(folder.clone());
     let unit = Unit { file: "norm", format: None };
@@ -90,18 +96,15 @@ fn kernels_compiled_ahead_need_no_compiler() {
     assert!(images.get(&none(), "sm_86", unit).unwrap() == compiled, "by the machine code of sm_80");
     assert!(images.get(&none(), "sm_100", unit).is_err());
     std::fs::remove_dir_all(folder).unwrap();
+    // Where nothing can be kept, filling a folder fails.
+    let nvrtc = Nvrtc::load(Some(library)).unwrap();
+    let error = images::fill(Path::new("/dev/null/kernels"), &nvrtc, "sm_80", &|_, _| ()).unwrap_err();
+    assert!(error.message().contains("/dev/null/kernels"), "{error}");
 }
 
 #[test]
 fn every_kernel_compiles_to_machine_code_and_spills_nothing() {
-    let library = match library() {
-        Ok(library) => library,
-        Err(reason) => {
-            // Past the harness, which keeps what passing tests print.
-            let _ = writeln!(std::io::stdout(), "skipped: compiling kernels for GPUs: {reason}");
-            return;
-        }
-    };
+    let Some(library) = library("compiling kernels for GPUs") else { return };
     let nvrtc = Nvrtc::load(Some(library)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(nvrtc.version(), (12, 9));
     // One thread for each architecture: there is a lot to compile.

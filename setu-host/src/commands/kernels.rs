@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Arg, ArgMatches, Command, value_parser};
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 
 use super::print_line;
 use crate::cli::Failure;
@@ -45,7 +45,9 @@ fn architecture(text: &str) -> Result<String, String> {
 pub fn main(matches: &ArgMatches) -> Result<(), Failure> {
     let (out, nvrtc) = (matches.get_one::<PathBuf>("out"), matches.get_one::<PathBuf>("nvrtc"));
     for architecture in matches.get_many::<String>("for").into_iter().flatten() {
-        let bar = ProgressBar::new(0).with_prefix(architecture.clone());
+        let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len}");
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::new(0).with_style(style).with_prefix(architecture.clone());
         let told = |done: usize, all: usize| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);

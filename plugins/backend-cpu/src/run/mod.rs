@@ -22,7 +22,7 @@ use crate::matmul::{Activations, Isa, Output, PackedMatrix, ROWS};
 use crate::memory::{LINE_BYTES, Matrix};
 use crate::ops::attention::{self, Io, Tiling};
 use crate::ops::{elementwise, rope};
-use crate::plan::{AttentionPhase, Element, ElementKind, Matmul, Operand, Phase, Plan, RowKind, RowOp};
+use crate::plan::{AttentionPhase, Bundle, Element, ElementKind, Matmul, Operand, Phase, Plan, RowKind, RowOp};
 use crate::pool::{self, Worker};
 use crate::sampler::{self, Outputs};
 use crate::step::{Limits, StepData};
@@ -405,29 +405,7 @@ impl Compiled {
                 let end = start + bundle.cols.div_ceil(ROWS);
                 let (from, to) = (claimed.start.max(start), claimed.end.min(end));
                 if from < to {
-                    let blocks = from - start..to - start;
-                    let cols = blocks.start * ROWS..bundle.cols.min(blocks.end * ROWS);
-                    // What was just computed is near when elementwise ops read it.
-                    for first in (0..rows.count).step_by(ROWS_AT_ONCE) {
-                        let tokens = first..rows.count.min(first + ROWS_AT_ONCE);
-                        for part in &bundle.parts {
-                            let (weights, input) = (&self.matrices[part.matrix], &inputs[part.activation]);
-                            let output = self.output(&part.out, rows.count);
-                            // SAFETY: the inputs are only read since they were prepared; these columns are this thread's.
-                            unsafe { part.kernel.run(weights, input, tokens.clone(), blocks.clone(), output) };
-                        }
-                        for row in tokens {
-                            for part in &bundle.parts {
-                                if let Some(bias) = &part.bias {
-                                    let out = self.write(&part.out, row, cols.clone());
-                                    vector::add(self.vectors, out, &bias[cols.clone()]);
-                                }
-                            }
-                            for element in &bundle.elements {
-                                self.element(element, rows, row, cols.clone());
-                            }
-                        }
-                    }
+                    self.bundle(bundle, inputs, rows, from - start..to - start);
                 }
                 start = end;
             }
@@ -441,6 +419,32 @@ impl Compiled {
                 asked += LINE_BYTES;
             }
         });
+    }
+
+    /// Row blocks `blocks` of a bundle for all rows, and what is done to their columns. These are this thread's.
+    fn bundle(&self, bundle: &Bundle, inputs: &[Activations], rows: Rows<'_>, blocks: Range<usize>) {
+        let cols = blocks.start * ROWS..bundle.cols.min(blocks.end * ROWS);
+        // What was just computed is near when elementwise ops read it.
+        for first in (0..rows.count).step_by(ROWS_AT_ONCE) {
+            let tokens = first..rows.count.min(first + ROWS_AT_ONCE);
+            for part in &bundle.parts {
+                let (weights, input) = (&self.matrices[part.matrix], &inputs[part.activation]);
+                let output = self.output(&part.out, rows.count);
+                // SAFETY: the inputs are only read since they were prepared; these columns are this thread's.
+                unsafe { part.kernel.run(weights, input, tokens.clone(), blocks.clone(), output) };
+            }
+            for row in tokens {
+                for part in &bundle.parts {
+                    if let Some(bias) = &part.bias {
+                        let out = self.write(&part.out, row, cols.clone());
+                        vector::add(self.vectors, out, &bias[cols.clone()]);
+                    }
+                }
+                for element in &bundle.elements {
+                    self.element(element, rows, row, cols.clone());
+                }
+            }
+        }
     }
 
     /// Asks for the weights that this thread reads `byte` bytes after it begins with `matmul`.
