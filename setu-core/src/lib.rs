@@ -12,6 +12,9 @@
 //!
 //! The crate has no I/O, and none of its types needs the engine.
 
+// What the derives write names the crate so, in other crates and in this one.
+extern crate self as setu_core;
+
 pub mod abi;
 pub mod admission;
 pub mod backend;
@@ -23,6 +26,7 @@ pub mod dtype;
 pub mod error;
 pub mod graph;
 pub mod ids;
+pub mod kv_dtype;
 pub mod model;
 mod reasons;
 pub mod registry;
@@ -42,6 +46,7 @@ pub use dtype::DType;
 pub use error::{Error, ErrorKind, Result};
 pub use graph::Graph;
 pub use ids::{DeviceId, PageId, SessionId, SlotId, TenantId, Ticket, TokenId};
+pub use kv_dtype::KvDType;
 pub use model::Model;
 pub use registry::{Registries, Registry};
 pub use scheduler::Scheduler;
@@ -56,6 +61,7 @@ pub mod prelude {
     pub use crate::error::{Error, ErrorKind, Result};
     pub use crate::graph::{Graph, GraphBuilder};
     pub use crate::ids::{SessionId, TenantId, Ticket};
+    pub use crate::kv_dtype::KvDType;
     pub use crate::model::{CheckpointFormat, CheckpointInfo, GraphOptions, Model};
     pub use crate::rows::{Column, Rows};
     pub use crate::scheduler::{

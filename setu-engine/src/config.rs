@@ -1,7 +1,7 @@
 //! The engine's own settings: `[engine]` and `[kv]`.
 
-use setu_core::config::{Config, ConfigEnum};
-use setu_core::{DType, Error, Result};
+use setu_core::config::Config;
+use setu_core::{Error, KvDType, Result};
 
 /// Limits of a step and guards of the policies.
 #[derive(Config, Debug, Clone, PartialEq)]
@@ -47,27 +47,6 @@ pub struct KvConfig {
     /// Keeps the pages of ended sessions for prompts with the same prefix.
     #[config(default = true)]
     pub prefix_cache: bool,
-}
-
-/// Formats of keys and values.
-#[derive(ConfigEnum, Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvDType {
-    /// 32-bit floats.
-    F32,
-    /// 16-bit floats.
-    F16,
-    /// bfloat16.
-    Bf16,
-}
-
-impl KvDType {
-    pub fn dtype(self) -> DType {
-        match self {
-            KvDType::F32 => DType::F32,
-            KvDType::F16 => DType::F16,
-            KvDType::Bf16 => DType::BF16,
-        }
-    }
 }
 
 /// `[parallel]`: how a model is spread over devices.

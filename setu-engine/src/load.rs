@@ -102,7 +102,7 @@ pub fn load(
     let mut options = CompileOptions::new(engine.max_step_tokens, rows, max_model_len);
     options.max_slots = engine.max_sessions;
     options.page_tokens = kv.page_tokens;
-    options.kv_dtype = kv.dtype.dtype();
+    options.kv_dtype = kv.dtype;
     options.kv_bytes = kv.memory;
     // Scales are checked beside the compilation, which reads the same pages.
     let (executable, scan) = std::thread::scope(|scope| {

@@ -3,8 +3,9 @@
 //! `scripts/gpu.sh` runs it; by itself, `cargo bench -p setu-tests --bench gpu -- FOLDER…` measures the models whose
 //! `config.json` is in the folders, with random weights, and prints one JSON object. With `--small` sizes are such
 //! that the emulated driver is done in a minute: the figures then mean nothing. `--batches=1,8`, `--contexts=512`,
-//! `--prompts=2048` and `--formats=BF16` measure less, `--options={"portable":true}` has such options of the backend, and
-//! `--requests=400` with `--rate=20` say what the engine is given end to end; none, if the number is 0.
+//! `--prompts=2048` and `--formats=BF16` measure less, `--kv=F8_E4M3` keeps K and V so, `--options={"portable":true}` has such
+//! options of the backend, and `--requests=400` with `--rate=20` say what the engine is given end to end; none, if the number
+//! is 0.
 //!
 //! Ceilings are measured first: bytes that a copy on the device moves in a second, and cuBLAS's rate in bfloat16 where
 //! there is a cuBLAS. A decode step's floor is the time in which the weights and the K and V that it reads come from
@@ -18,7 +19,7 @@ use setu_backend_cuda::ceilings::Ceilings;
 use setu_core::backend::{CompileOptions, ExecutableInfo, Want};
 use setu_core::graph::Work;
 use setu_core::model::GraphOptions;
-use setu_core::{DType, Error, Registries, Result};
+use setu_core::{DType, Error, KvDType, Registries, Result};
 use setu_engine::checkpoint::Checkpoint;
 use setu_engine::load;
 use setu_host::serving::Serving;
@@ -30,6 +31,7 @@ use setu_tests::trace::Trace;
 /// What is measured.
 struct Plan {
     formats: Vec<DType>,
+    kv_dtype: KvDType,
     batches: Vec<usize>,
     contexts: Vec<usize>,
     prompts: Vec<usize>,
@@ -50,6 +52,7 @@ impl Plan {
     fn whole() -> Plan {
         Plan {
             formats: vec![DType::BF16, DType::Q4K],
+            kv_dtype: KvDType::BF16,
             batches: vec![1, 8, 32, 128, 256],
             contexts: vec![512, 4096],
             prompts: vec![512, 2048, 8192],
@@ -100,6 +103,10 @@ impl Plan {
             "formats" => {
                 let known = |value: &str| DType::ALL.into_iter().find(|dtype| dtype.name() == value);
                 self.formats = values.map(|value| known(value).ok_or_else(unknown)).collect::<Result<_>>()?;
+            }
+            "kv" => {
+                let known = [KvDType::F16, KvDType::BF16, KvDType::F8E4M3];
+                self.kv_dtype = known.into_iter().find(|dtype| dtype.name() == value).ok_or_else(unknown)?;
             }
             "batches" => self.batches = numbers()?,
             "contexts" => self.contexts = numbers()?,
@@ -155,7 +162,8 @@ fn measure<'a>(plan: &Plan, folders: impl Iterator<Item = &'a Path>) -> Result<V
             let figures = measured.unwrap_or_else(|error| json!({ "error": error.message() }));
             eprintln!("gpu: {name} in {dtype} is measured");
             let trace = trace(plan, folder, dtype).unwrap_or_else(|error| json!({ "error": error }));
-            models.push(json!({ "model": name, "weights": dtype.name(), "figures": figures, "trace": trace }));
+            let (weights, kv) = (dtype.name(), plan.kv_dtype.name());
+            models.push(json!({ "model": name, "weights": weights, "kv": kv, "figures": figures, "trace": trace }));
         }
     }
     Ok(json!({
@@ -192,7 +200,7 @@ fn measure_model(plan: &Plan, folder: &Path, dtype: DType, rates: Rates) -> Resu
     let graph = model.graph(&info, &options)?;
     let weights = checkpoint.dummy_weights(&graph).transpose()?.unwrap_or_default();
     let mut options = CompileOptions::new(plan.tokens, plan.rows, plan.model_len);
-    options.kv_dtype = DType::BF16;
+    options.kv_dtype = plan.kv_dtype;
     let mut backend = (registries.backends.get("cuda")?.build)(&plan.options)?;
     let exec = backend.compile(&graph, &weights, &options)?;
     let (info, load_s) = (exec.info(), started.elapsed().as_secs_f64());

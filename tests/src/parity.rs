@@ -10,10 +10,10 @@ use std::sync::Arc;
 use setu_core::component::ComponentKind;
 use setu_core::ids::SessionId;
 use setu_core::sampling::{SamplingParams, log_sum_exp};
-use setu_core::{DType, Registry};
+use setu_core::{KvDType, Registry};
 use setu_engine::checkpoint::Checkpoint;
 use setu_engine::clock::Clock;
-use setu_engine::config::{EngineConfig, KvConfig, KvDType};
+use setu_engine::config::{EngineConfig, KvConfig};
 use setu_engine::core::{Core, Parts, Settings, Turn};
 use setu_engine::load::{self, Loaded};
 use setu_engine::request::Arrival;
@@ -197,7 +197,7 @@ fn with_rig(
     let loaded = source.load(case)?;
     let mut options = setu_core::backend::CompileOptions::new(STEP_TOKENS, ROWS, loaded.max_model_len);
     options.page_tokens = PAGE_TOKENS;
-    options.kv_dtype = DType::F32;
+    options.kv_dtype = KvDType::F32;
     run(&mut Rig::of(&loaded.graph, loaded.executable, options))
 }
 

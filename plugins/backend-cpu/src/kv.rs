@@ -9,7 +9,7 @@ use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 use setu_core::backend::CompileOptions;
 use setu_core::graph::KvGroupKind;
-use setu_core::{DType, Error, Graph, Result};
+use setu_core::{Error, Graph, KvDType, Result};
 
 use crate::memory::Region;
 use crate::vector::LANES;
@@ -42,26 +42,26 @@ impl Geometry {
 
 /// An element of a page.
 pub trait Element: Copy + Default + Send + Sync + 'static {
-    const DTYPE: DType;
+    const DTYPE: KvDType;
     fn from_f32(values: &[f32], out: &mut [Self]);
 }
 
 impl Element for f32 {
-    const DTYPE: DType = DType::F32;
+    const DTYPE: KvDType = KvDType::F32;
     fn from_f32(values: &[f32], out: &mut [f32]) {
         out.copy_from_slice(values);
     }
 }
 
 impl Element for f16 {
-    const DTYPE: DType = DType::F16;
+    const DTYPE: KvDType = KvDType::F16;
     fn from_f32(values: &[f32], out: &mut [f16]) {
         out.convert_from_f32_slice(values);
     }
 }
 
 impl Element for bf16 {
-    const DTYPE: DType = DType::BF16;
+    const DTYPE: KvDType = KvDType::BF16;
     fn from_f32(values: &[f32], out: &mut [bf16]) {
         out.convert_from_f32_slice(values);
     }
@@ -71,7 +71,7 @@ impl Element for bf16 {
 #[derive(Debug)]
 pub struct Pages {
     pub geometry: Geometry,
-    pub dtype: DType,
+    pub dtype: KvDType,
     pub groups: Vec<Group>,
     layers: Vec<Layer>,
 }
@@ -128,11 +128,10 @@ impl Pages {
     /// They are more than `kv_bytes` or the system allow; the message has the sum.
     pub fn new(graph: &Graph, options: &CompileOptions) -> Result<Pages> {
         let element = match options.kv_dtype {
-            DType::F32 => 4,
-            DType::F16 | DType::BF16 => 2,
+            KvDType::F32 | KvDType::F16 | KvDType::BF16 => options.kv_dtype.element_bytes(),
             other => {
                 return Err(Error::unsupported(format!(
-                    "the CPU backend keeps keys and values in F32, F16 or BF16, not in {other}: change kv_dtype"
+                    "the CPU backend keeps keys and values in F32, F16 or BF16, not in {other}: set [kv] dtype to one of those"
                 )));
             }
         };

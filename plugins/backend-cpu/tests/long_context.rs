@@ -6,7 +6,7 @@ use setu_core::backend::{Backend, CompileOptions, Executable, Want};
 use setu_core::component::Component;
 use setu_core::config::Config;
 use setu_core::graph::{Graph, GraphBuilder, KvGroupKind, KvLayer, RopeStyle, RopeTable, Shard};
-use setu_core::{DType, Result};
+use setu_core::{DType, KvDType, Result};
 use setu_testkit::reference::ReferenceModel;
 use setu_testkit::rng::Rng;
 use setu_testkit::steps::{Outputs, PageTableData, StepData};
@@ -68,7 +68,13 @@ fn graph(shape: Shape) -> Result<Graph> {
     g.finish()
 }
 
-fn executable(graph: &Graph, weights: &WeightSet, shape: Shape, threads: u32, kv_dtype: DType) -> Box<dyn Executable> {
+fn executable(
+    graph: &Graph,
+    weights: &WeightSet,
+    shape: Shape,
+    threads: u32,
+    kv_dtype: KvDType,
+) -> Box<dyn Executable> {
     let config = CpuConfig::from_json(&format!(r#"{{"threads": {threads}}}"#)).unwrap();
     let mut options = CompileOptions::new(600, 4, MAX_LEN);
     options.page_tokens = shape.page_tokens;
@@ -150,7 +156,7 @@ fn results_depend_on_the_tokens_alone() {
         let tokens = rng.tokens(1100, VOCAB);
         let mut expected: Option<Vec<f32>> = None;
         for threads in [1, 2, 3] {
-            let mut exec = executable(&graph, &weights, shape, threads, DType::F16);
+            let mut exec = executable(&graph, &weights, shape, threads, KvDType::F16);
             for way in [(512, 0, 0), (512, 40, 0), (16, 1, 2), (97, 3, 3)] {
                 let found = logits(&mut *exec, shape, &tokens, way, &mut rng);
                 let expected = expected.get_or_insert_with(|| found.clone());
@@ -165,12 +171,12 @@ fn long_contexts_are_computed_right() {
     for (index, shape) in SHAPES.into_iter().enumerate() {
         let graph = graph(shape).unwrap();
         let weights = WeightSet::random(&graph, DType::F32, 8);
-        let reference = ReferenceModel::new(&graph, &weights.data(), DType::F32).unwrap();
+        let reference = ReferenceModel::new(&graph, &weights.data(), KvDType::F32).unwrap();
         let mut rng = Rng::new(100 + index as u64);
         let tokens = rng.tokens(640, VOCAB);
         let expected = reference.logits(&tokens).unwrap();
         let expected = expected.row(tokens.len() - 1);
-        let mut exec = executable(&graph, &weights, shape, 2, DType::F32);
+        let mut exec = executable(&graph, &weights, shape, 2, KvDType::F32);
         let found = logits(&mut *exec, shape, &tokens, (512, 10, 1), &mut rng);
         let size = (expected.iter().map(|x| x * x).sum::<f64>() / expected.len() as f64).sqrt();
         for (found, expected) in found.iter().zip(expected) {

@@ -23,6 +23,11 @@
 #include "../kernels/decode.cu"
 #include "../kernels/prefill.cu"
 #undef ELEMENT
+#define ELEMENT F8_E4M3
+#include "../kernels/attention.cu"
+#include "../kernels/decode.cu"
+#include "../kernels/prefill.cu"
+#undef ELEMENT
 #include "../kernels/combine.cu"
 
 #define FORMAT F32

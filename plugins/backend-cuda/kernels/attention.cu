@@ -2,134 +2,51 @@
 
 #ifndef SETU_ATTENTION_LOADS
 #define SETU_ATTENTION_LOADS
-#include "attention.cuh"
-#include "formats.cuh"
-#include "rope.cuh"
+#include "cells.cuh"
 
-// Elements in sixteen bytes.
-__device__ __forceinline__ constexpr int piece_elements(Format element) { return element == F32 ? 4 : 8; }
-
-template <Format TYPE> __device__ __forceinline__ u32 element_bits(float value) {
-    return TYPE == F32 ? __float_as_uint(value) : TYPE == F16 ? f16_of_float(value) : bf16_of_float(value);
-}
-
-template <Format TYPE> __device__ __forceinline__ void store_element(u8 *row, size_t at, float value) {
-    if constexpr (TYPE == F32) {
-        reinterpret_cast<float *>(row)[at] = value;
-    } else {
-        reinterpret_cast<u16 *>(row)[at] = static_cast<u16>(element_bits<TYPE>(value));
-    }
-}
-
-// Four elements, from one on whose number is a multiple of four.
-template <Format TYPE> __device__ __forceinline__ void store_four(u8 *row, size_t at, float4 values) {
-    if constexpr (TYPE == F32) {
-        *reinterpret_cast<float4 *>(row + 4 * at) = values;
-    } else {
-        uint2 words = {element_bits<TYPE>(values.x) | element_bits<TYPE>(values.y) << 16,
-                       element_bits<TYPE>(values.z) | element_bits<TYPE>(values.w) << 16};
-        *reinterpret_cast<uint2 *>(row + 2 * at) = words;
-    }
-}
-
-template <Format TYPE> __device__ __forceinline__ void load_piece(const u8 *piece, float *values) {
+// A piece of a key; `scale` is the key's, if it has one.
+template <Format TYPE> __device__ __forceinline__ void load_piece(const u8 *piece, u32 scale, float *values) {
     if constexpr (TYPE == F32) {
         float4 four = *reinterpret_cast<const float4 *>(piece);
         values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+    } else if constexpr (TYPE == F8_E4M3) {
+        uint4 codes = *reinterpret_cast<const uint4 *>(piece);
+        u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+        for (int i = 0; i < 16; i += 2) {
+            u32 two = words[i / 4] >> i % 4 * 8;
+            u32 elements = elements_of(__byte_perm(two, 0, 0x1404), scale_twice(scale));
+            values[i] = float_of_bf16(static_cast<u16>(elements));
+            values[i + 1] = float_of_bf16(static_cast<u16>(elements >> 16));
+        }
     } else {
         load_floats<TYPE>(piece, 0, values);
+    }
+}
+
+// The same of one element of values.
+template <Format TYPE> __device__ __forceinline__ float load_value(const u8 *values, size_t at, u32 scale) {
+    if constexpr (TYPE == F8_E4M3) {
+        return element_at(values, at, scale);
+    } else {
+        return load_float<TYPE>(values, at);
     }
 }
 #endif
 
 // Writes a token's keys and values into its cell: page × page_tokens + place in the page. With `angles` the first
 // `2 × pairs` columns of each head of Q and K are turned on the way, as in rope.cu. Blocks in x are tokens, in y shares of
-// the heads: of Q, which go to `q_turned`, then of K and of V. A thread takes the same columns of several heads, four if
-// all lies in fours.
+// the heads: of Q, which go to `q_turned`, then of K and of V.
 #define NAME JOIN(kv_write, ELEMENT)
 DENSE_KERNEL_OF(256, 5, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k, int k_stride,
                 const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,
                 int pairs, int interleaved) {
     wait_for_launches_before();
-    constexpr int piece = piece_elements(ELEMENT);
     size_t token = blockIdx.x;
     u32 cell = cells[token];
-    int place = cell % pages.page_tokens;
-    u8 *page = pages.start + cell / pages.page_tokens * pages.page_bytes;
-    u8 *keys = page + pages.k_at, *values = page + pages.v_at;
-    const float *turns = angles + token * 2 * pairs;
-    q += token * q_stride, k += token * k_stride, v += token * v_stride, q_turned += token * q_turned_stride;
-    u64 starts = reinterpret_cast<u64>(q) | reinterpret_cast<u64>(k) | reinterpret_cast<u64>(v);
-    bool aligned = ((starts | reinterpret_cast<u64>(q_turned)) & 15) == 0;
-    int columns = aligned && ((pages.k_dim | pages.v_dim | pairs) & 3) == 0 ? 4 : 1;
-
-    int all = max(pages.k_padded, pages.v_dim) / columns, width = min(all, static_cast<int>(blockDim.x));
-    int slots = blockDim.x / width, slot = threadIdx.x / width, stride = gridDim.y * slots;
-    if (slot >= slots) {
-        return;
-    }
-    auto key_at = [&](int head, int dim) {
-        size_t of_head = static_cast<size_t>(head) * (pages.k_padded / piece) + dim / piece;
-        return (of_head * pages.page_tokens + place) * piece + dim % piece;
-    };
-    auto value_at = [&](int head, int dim) {
-        return (static_cast<size_t>(head) * pages.page_tokens + place) * pages.v_dim + dim;
-    };
-    for (int dim = threadIdx.x % width * columns; dim < all * columns; dim += width * columns) {
-        int index = blockIdx.y * slots + slot;
-        bool in_head = dim < pages.k_dim;
-        if (columns == 4) {
-            FourTurns four(dim, turns, pairs, interleaved);
-            for (; index + stride < q_heads; index += 2 * stride) {
-                int at = index * pages.k_dim, next = at + stride * pages.k_dim;
-                if (in_head) {
-                    // Both are asked for before either is written.
-                    float4 first = four.turned(q + at, dim), second = four.turned(q + next, dim);
-                    *reinterpret_cast<float4 *>(q_turned + at + dim) = first;
-                    *reinterpret_cast<float4 *>(q_turned + next + dim) = second;
-                }
-            }
-            for (; index < q_heads; index += stride) {
-                int at = index * pages.k_dim;
-                if (in_head) {
-                    *reinterpret_cast<float4 *>(q_turned + at + dim) = four.turned(q + at, dim);
-                }
-            }
-            for (index -= q_heads; index < pages.heads; index += stride) {
-                float4 key = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (in_head) {
-                    key = four.turned(k + index * pages.k_dim, dim);
-                }
-                if (dim < pages.k_padded) {
-                    store_four<ELEMENT>(keys, key_at(index, dim), key);
-                }
-            }
-            for (index -= pages.heads; index < pages.heads; index += stride) {
-                if (dim < pages.v_dim) {
-                    float4 value = *reinterpret_cast<const float4 *>(v + index * pages.v_dim + dim);
-                    store_four<ELEMENT>(values, value_at(index, dim), value);
-                }
-            }
-            continue;
-        }
-        for (; index < q_heads; index += stride) {
-            int at = index * pages.k_dim;
-            if (in_head) {
-                q_turned[at + dim] = turned(q + at, dim, turns, pairs, interleaved);
-            }
-        }
-        for (index -= q_heads; index < pages.heads; index += stride) {
-            float key = in_head ? turned(k + index * pages.k_dim, dim, turns, pairs, interleaved) : 0.0f;
-            if (dim < pages.k_padded) {
-                store_element<ELEMENT>(keys, key_at(index, dim), key);
-            }
-        }
-        for (index -= pages.heads; index < pages.heads; index += stride) {
-            if (dim < pages.v_dim) {
-                store_element<ELEMENT>(values, value_at(index, dim), v[index * pages.v_dim + dim]);
-            }
-        }
-    }
+    write_cells<ELEMENT>({pages, pages.start + cell / pages.page_tokens * pages.page_bytes,
+                          static_cast<int>(cell % pages.page_tokens), q + token * q_stride, k + token * k_stride,
+                          v + token * v_stride, q_heads, q_turned + token * q_turned_stride, angles + token * 2 * pairs,
+                          pairs, interleaved});
 }
 #undef NAME
 
@@ -206,10 +123,14 @@ KERNEL_OF(128, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pag
             int place = position % pages.page_tokens;
             const u8 *keys = pages.start + page * pages.page_bytes + pages.k_at;
             int pieces = pages.k_padded / piece;
+            u32 key_scale = 0;
+            if constexpr (ELEMENT == F8_E4M3) {
+                key_scale = pages.start[page * pages.page_bytes + pages.scales_of(kv_head, place)];
+            }
             for (int index = 0; index < pieces; index++) {
                 float key[piece];
                 size_t at = static_cast<size_t>(kv_head * pieces + index) * pages.page_tokens + place;
-                load_piece<ELEMENT>(keys + at * 16, key);
+                load_piece<ELEMENT>(keys + at * 16, key_scale, key);
 #pragma unroll
                 for (int i = 0; i < QUERIES; i++) {
 #pragma unroll
@@ -266,9 +187,11 @@ KERNEL_OF(128, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pag
             int in_page = min(pages.page_tokens - place, end + 1 - at);
             u64 page = row_pages[at / pages.page_tokens - skipped];
             const u8 *values = pages.start + page * pages.page_bytes + pages.v_at;
+            const u8 *scales = pages.start + page * pages.page_bytes + pages.scales_of(kv_head, place) + 1;
             size_t index = (static_cast<size_t>(kv_head) * pages.page_tokens + place) * pages.v_dim + column;
-            for (int last = at + in_page; at < last; at++, index += pages.v_dim) {
-                float value = load_float<ELEMENT>(values, index);
+            for (int last = at + in_page; at < last; at++, index += pages.v_dim, scales += 2) {
+                u32 value_scale = ELEMENT == F8_E4M3 ? *scales : 0;
+                float value = load_value<ELEMENT>(values, index, value_scale);
 #pragma unroll
                 for (int i = 0; i < QUERIES; i++) {
                     if (at >= from[i] && at <= to[i]) {

@@ -5,6 +5,8 @@
 // each has a block of its own and `attend_combine` merges them, the arithmetic is the same.
 #pragma once
 
+#include "e4m3.cuh"
+#include "formats.cuh"
 #include "product.cuh"
 
 // Positions in a part; a block's threads take one each.
@@ -78,13 +80,28 @@ __device__ __forceinline__ int first_seen(int position, int window) {
     return window > 0 && position + 1 > window ? position + 1 - window : 0;
 }
 
+// Bytes of an element of keys and values, and elements in a piece of sixteen bytes.
+__device__ __forceinline__ constexpr int element_bytes(Format element) {
+    return element == F32 ? 4 : element == F8_E4M3 ? 1 : 2;
+}
+__device__ __forceinline__ constexpr int piece_elements(Format element) { return 16 / element_bytes(element); }
+
+// What tensor cores take elements as.
+__device__ __forceinline__ constexpr Half half_kept(Format element) { return element == F16 ? HALF_F16 : HALF_BF16; }
+
 // Where keys and values lie. A page holds, at `k_at` for each head, keys in pieces of sixteen bytes, a piece of
-// all tokens together so that neighbouring threads read neighbouring memory; and at `v_at` for each head its
-// tokens' values one behind the other.
+// all tokens together so that neighbouring threads read neighbouring memory; at `v_at` for each head its tokens'
+// values one behind the other; and at `scales_at`, in formats that have scales, for each head its tokens' pairs of the
+// key's scale and the value's, a byte each.
 struct Pages {
     u8 *start;
-    u64 page_bytes, k_at, v_at;
+    u64 page_bytes, k_at, v_at, scales_at;
     int page_tokens, heads, k_dim, k_padded, v_dim;
+
+    // Where in a page the scales of a cell are.
+    __device__ __forceinline__ u64 scales_of(int head, int place) const {
+        return scales_at + static_cast<u64>(head * page_tokens + place) * 2;
+    }
 };
 
 // In which page a position lies, and where in it, where a page's tokens are a power of two.

@@ -6,27 +6,70 @@
 // on their way: a sum over columns may take them in any order, so that a lane's sixteen bytes of a key are two operands
 // as they are, and those of four values become operands when their halves are paired.
 //
+// In eight bits the four codes of a word become two words of two elements, whose order the queries are loaded in.
+//
 // Each warp has a softmax of its own. They are merged in the block, and by the block of the tile that is done last for
 // all shares, in one order both times. That a context is shared out over blocks is from Flash-Decoding (Dao et al., 2023).
 
 #ifndef SETU_DECODE
 #define SETU_DECODE
 #include "attention.cuh"
-#include "formats.cuh"
 
 // Queries of a tile, warps of a block, and positions that a warp takes at a time.
 constexpr int DECODE_QUERIES = 16;
 constexpr int DECODE_WARPS = 4;
 constexpr int STEP = 16;
 
+// What a lane has of a step, as it came from memory.
+template <Format TYPE, int HEAD> struct Fetched {
+    // Elements in a piece of sixteen bytes, and pieces that a lane has of a key: every fourth.
+    static constexpr int piece = piece_elements(TYPE), key_pieces = HEAD / (4 * piece);
+    // Columns side by side that a lane has of a value, in so many bytes, and how often.
+    static constexpr int value_bytes = HEAD * element_bytes(TYPE) / 8 < 16 ? 8 : 16;
+    static constexpr int columns = value_bytes / element_bytes(TYPE), value_pieces = HEAD / (8 * columns);
+
+    // Keys `lane / 4` and `lane / 4 + 8`, and the values of the four positions whose terms this lane has.
+    u32 keys[2][key_pieces][4];
+    u32 values[4][value_pieces][value_bytes / 4];
+    // Of each key in both halves; and of the values two and two.
+    u32 key_scales[2], value_scales[2];
+
+    // The words of key `i` for product number `at` of those over its columns.
+    __device__ __forceinline__ void key_operand(int i, int at, u32 (&words)[2]) const {
+        if constexpr (TYPE == F8_E4M3) {
+            u32 codes = keys[i][at / 4][at % 4];
+            words[0] = elements_of(codes << 8, key_scales[i]), words[1] = elements_of(codes, key_scales[i]);
+        } else {
+            words[0] = keys[i][at / 2][at % 2 * 2], words[1] = keys[i][at / 2][at % 2 * 2 + 1];
+        }
+    }
+
+    // Elements `at` of the upper two of the lane's positions, or of the lower two, side by side.
+    __device__ __forceinline__ u32 value_operand(int at, int lower) const {
+        int index = at / columns, element = at % columns;
+        const auto &first = values[2 * lower][index], &second = values[2 * lower + 1][index];
+        if constexpr (TYPE == F8_E4M3) {
+            u32 codes = __byte_perm(first[element / 4], second[element / 4], element % 4 * 0x1010 | 0x4000);
+            return elements_of(codes, value_scales[lower]);
+        } else {
+            return __byte_perm(first[element / 2], second[element / 2], element % 2 ? 0x7632 : 0x5410);
+        }
+    }
+
+    // Which of eight columns of a query comes at place `i`, so that they meet those of `key_operand`.
+    static __device__ __forceinline__ constexpr int key_order(int i) {
+        return TYPE == F8_E4M3 ? i / 4 * 4 + i % 4 / 2 + i % 2 * 2 : i;
+    }
+};
+
 // Where a row's keys and values are. Pages hold whole steps.
-struct Cells {
+template <Format TYPE, int HEAD> struct Cells {
+    using Lane = Fetched<TYPE, HEAD>;
+
     Pages pages;
     const u32 *row_pages;
-    int skipped, seen_from, seen_to;
+    int skipped, kv_head, seen_from, seen_to;
     Paging paging;
-    // In a page, where this KV head's keys and values begin.
-    u64 keys_at, values_at;
 
     __device__ __forceinline__ bool sees(int position) const { return position >= seen_from && position <= seen_to; }
 
@@ -36,65 +79,84 @@ struct Cells {
         return pages.start + row_pages[page] * pages.page_bytes;
     }
 
+    // In a page, where this KV head's keys and values begin.
+    __device__ __forceinline__ u64 keys_at() const {
+        return pages.k_at + static_cast<u64>(kv_head * pages.page_tokens * pages.k_padded) * element_bytes(TYPE);
+    }
+    __device__ __forceinline__ u64 values_at() const {
+        return pages.v_at + static_cast<u64>(kv_head * pages.page_tokens * pages.v_dim) * element_bytes(TYPE);
+    }
+
     // Asks for the keys and values of a step: a line of each for each lane.
     __device__ __forceinline__ void prefetch_step(int begin) const {
         const u8 *page = page_of(begin);
         int place = paging.place(begin), lane = lane_of_thread();
-        if (lane / 2 < pages.k_padded / 8) {
-            prefetch(page + keys_at + (lane / 2 * pages.page_tokens + place) * 16 + lane % 2 * 128);
+        if (lane / 2 < pages.k_padded / Lane::piece) {
+            prefetch(page + keys_at() + (lane / 2 * pages.page_tokens + place) * 16 + lane % 2 * 128);
         }
-        if (lane * 64 < STEP * pages.v_dim) {
-            prefetch(page + values_at + place * pages.v_dim * 2 + lane * 128);
+        if (lane * 128 < STEP * pages.v_dim * element_bytes(TYPE)) {
+            prefetch(page + values_at() + place * pages.v_dim * element_bytes(TYPE) + lane * 128);
         }
     }
 
-    // Of keys `lane / 4` and `lane / 4 + 8` of a step, every fourth piece.
-    template <int HEAD> __device__ __forceinline__ void load_keys(int begin, uint4 (&keys)[2][HEAD / 32]) const {
-        int lane = lane_of_thread(), first = lane % 4, left = pages.k_padded / 8 - first;
-        const u8 *from = page_of(begin) + keys_at + (first * pages.page_tokens + paging.place(begin) + lane / 4) * 16;
+    __device__ __forceinline__ void load_keys(int begin, Lane &fetched) const {
+        int lane = lane_of_thread(), first = lane % 4, left = pages.k_padded / Lane::piece - first;
+        const u8 *page = page_of(begin);
+        const u8 *from = page + keys_at() + (first * pages.page_tokens + paging.place(begin) + lane / 4) * 16;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             bool seen = sees(begin + lane / 4 + 8 * i);
 #pragma unroll
-            for (int t = 0; t < HEAD / 32; t++) {
-                uint4 none = {0, 0, 0, 0};
-                const uint4 *piece = reinterpret_cast<const uint4 *>(from + (4 * t * pages.page_tokens + 8 * i) * 16);
-                keys[i][t] = seen && 4 * t < left ? *piece : none;
+            for (int t = 0; t < Lane::key_pieces; t++) {
+                load(from + (4 * t * pages.page_tokens + 8 * i) * 16, seen && 4 * t < left, fetched.keys[i][t]);
+            }
+            if constexpr (TYPE == F8_E4M3) {
+                u64 scale = pages.scales_of(kv_head, paging.place(begin) + lane / 4 + 8 * i);
+                fetched.key_scales[i] = scale_twice(seen ? page[scale] : 0);
             }
         }
     }
 
-    // Of the four positions whose terms this lane has, columns `8 × (lane / 4)` on of every 64.
-    template <int HEAD> __device__ __forceinline__ void load_values(int begin, uint4 (&values)[4][HEAD / 64]) const {
-        int lane = lane_of_thread(), first = lane % 4 * 2, left = pages.v_dim - lane / 4 * 8;
+    __device__ __forceinline__ void load_values(int begin, Lane &fetched) const {
+        int lane = lane_of_thread(), first = lane % 4 * 2, left = pages.v_dim - lane / 4 * Lane::columns;
         int place = paging.place(begin) + first;
-        const u8 *from = page_of(begin) + values_at + (place * pages.v_dim + lane / 4 * 8) * 2;
+        const u8 *page = page_of(begin);
+        const u8 *from = page + values_at() + (place * pages.v_dim + lane / 4 * Lane::columns) * element_bytes(TYPE);
+        u32 scales[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int behind = i % 2 + i / 2 * 8;
             bool seen = sees(begin + first + behind);
 #pragma unroll
-            for (int t = 0; t < HEAD / 64; t++) {
-                uint4 none = {0, 0, 0, 0};
-                const uint4 *piece = reinterpret_cast<const uint4 *>(from + (behind * pages.v_dim + 64 * t) * 2);
-                values[i][t] = seen && 64 * t < left ? *piece : none;
+            for (int t = 0; t < Lane::value_pieces; t++) {
+                int column = 8 * Lane::columns * t;
+                load(from + (behind * pages.v_dim + column) * element_bytes(TYPE), seen && column < left,
+                     fetched.values[i][t]);
+            }
+            if constexpr (TYPE == F8_E4M3) {
+                scales[i] = seen ? page[pages.scales_of(kv_head, place + behind) + 1] : 0;
             }
         }
+        if constexpr (TYPE == F8_E4M3) {
+            fetched.value_scales[0] = scale_pair(scales[0], scales[1]);
+            fetched.value_scales[1] = scale_pair(scales[2], scales[3]);
+        }
+    }
+
+    // Words from memory, or 0.
+    static __device__ __forceinline__ void load(const u8 *from, bool exists, u32 (&words)[4]) {
+        uint4 none = {0, 0, 0, 0}, loaded = exists ? *reinterpret_cast<const uint4 *>(from) : none;
+        words[0] = loaded.x, words[1] = loaded.y, words[2] = loaded.z, words[3] = loaded.w;
+    }
+    static __device__ __forceinline__ void load(const u8 *from, bool exists, u32 (&words)[2]) {
+        uint2 none = {0, 0}, loaded = exists ? *reinterpret_cast<const uint2 *>(from) : none;
+        words[0] = loaded.x, words[1] = loaded.y;
     }
 };
 
 // Of steps that several blocks share, where the share of block `index` of `count` begins.
 __device__ __forceinline__ int share_begin(int steps, int index, int count) {
     return static_cast<int>(static_cast<u32>(steps) * static_cast<u32>(index) / static_cast<u32>(count));
-}
-
-__device__ __forceinline__ u32 word_of(const uint4 &words, int index) {
-    return index == 0 ? words.x : index == 1 ? words.y : index == 2 ? words.z : words.w;
-}
-
-// The lower, or the upper halves of two words.
-__device__ __forceinline__ u32 paired(u32 first, u32 second, bool upper) {
-    return upper ? first >> 16 | (second & 0xffff0000u) : (first & 0xffffu) | second << 16;
 }
 
 // `exp2(value - highest)`, 0 for what isn't there.
@@ -136,8 +198,8 @@ __device__ __forceinline__ Merged nothing_merged() { return {-INFINITY_F, 0.0f, 
 // As `attend` of attention.cu, in tiles of DECODE_QUERIES. Blocks in z are shares; with more than one, `partials` has room
 // for DECODE_QUERIES × (v_dim + 4) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
 // between launches. A page's tokens are a power of two, and whole steps. Heads are at most HEAD columns wide, and those of
-// values a multiple of eight.
-template <Half HALF, int HEAD>
+// values a multiple of eight, in eight bits of sixteen.
+template <Format TYPE, int HEAD>
 __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                            const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
                                            const u32 *tiles, const float *q, int q_stride, int group, int window,
@@ -150,27 +212,27 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
     int kv_head = blockIdx.y, shares = gridDim.z;
     int first_position = static_cast<int>(row_positions[row]);
     auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
-    int pieces = pages.k_padded / 8;
-    Cells cells = {pages,
-                   table_pages + table_offsets[row],
-                   static_cast<int>(table_skipped[row]),
-                   first_seen(position_of(0), window),
-                   position_of(queries - 1),
-                   Paging(pages.page_tokens),
-                   pages.k_at + static_cast<u64>(kv_head * pieces * pages.page_tokens) * 16,
-                   pages.v_at + static_cast<u64>(kv_head * pages.page_tokens * pages.v_dim) * 2};
+    constexpr Half HALF = half_kept(TYPE);
+    Cells<TYPE, HEAD> cells = {pages,
+                               table_pages + table_offsets[row],
+                               static_cast<int>(table_skipped[row]),
+                               kv_head,
+                               first_seen(position_of(0), window),
+                               position_of(queries - 1),
+                               Paging(pages.page_tokens)};
     int first_step = cells.seen_from / STEP, steps = cells.seen_to / STEP - first_step + 1;
     int lane = lane_of_thread(), warp = warp_of_thread();
     int step = first_step + share_begin(steps, blockIdx.z, shares) + warp;
     int end = first_step + share_begin(steps, blockIdx.z + 1, shares);
 
-    uint4 keys[2][HEAD / 32], values[4][HEAD / 64];
+    using Lane = Fetched<TYPE, HEAD>;
+    Lane fetched;
     if (step < end) {
-        cells.load_keys<HEAD>(step * STEP, keys);
-        cells.load_values<HEAD>(step * STEP, values);
+        cells.load_keys(step * STEP, fetched);
+        cells.load_values(step * STEP, fetched);
     }
-    // This lane's two queries: their columns of the pieces that it has of keys, and what they see.
-    u32 query[2][HEAD / 32][4];
+    // This lane's two queries: their columns of the pieces that it has of keys, for each product, and what they see.
+    u32 query[2][HEAD / 16][2];
     int from[2], to[2];
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
@@ -181,11 +243,14 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                              (kv_head * group + number % group) * pages.k_dim;
 #pragma unroll
         for (int t = 0; t < HEAD / 32; t++) {
+            constexpr int eights = Lane::piece / 8;
             float columns[8];
-            load_query(start, (4 * t + lane % 4) * 8, pages.k_dim, in_tile < queries, columns);
+            int dim = (4 * (t / eights) + lane % 4) * Lane::piece + t % eights * 8;
+            load_query(start, dim, pages.k_dim, in_tile < queries, columns);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                query[lower][t][i] = halves_of<HALF>(columns[2 * i], columns[2 * i + 1]);
+                query[lower][2 * t + i / 2][i % 2] =
+                    halves_of<HALF>(columns[Lane::key_order(2 * i)], columns[Lane::key_order(2 * i + 1)]);
             }
         }
     }
@@ -195,17 +260,17 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
     for (; step < end; step += DECODE_WARPS) {
         float scores[2][4] = {};
 #pragma unroll
-        for (int t = 0; t < HEAD / 32; t++) {
-            u32 left[4] = {query[0][t][0], query[1][t][0], query[0][t][1], query[1][t][1]};
-            u32 right[4] = {query[0][t][2], query[1][t][2], query[0][t][3], query[1][t][3]};
+        for (int at = 0; at < HEAD / 16; at++) {
+            u32 columns[4] = {query[0][at][0], query[1][at][0], query[0][at][1], query[1][at][1]};
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                multiply_add<HALF>(scores[i], left, keys[i][t].x, keys[i][t].y);
-                multiply_add<HALF>(scores[i], right, keys[i][t].z, keys[i][t].w);
+                u32 key[2];
+                fetched.key_operand(i, at, key);
+                multiply_add<HALF>(scores[i], columns, key[0], key[1]);
             }
         }
         if (step + DECODE_WARPS < end) {
-            cells.load_keys<HEAD>((step + DECODE_WARPS) * STEP, keys);
+            cells.load_keys((step + DECODE_WARPS) * STEP, fetched);
         }
         if (step + 2 * DECODE_WARPS < end) {
             cells.prefetch_step((step + 2 * DECODE_WARPS) * STEP);
@@ -248,14 +313,10 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                         halves_of<HALF>(scores[1][0], scores[1][1]), halves_of<HALF>(scores[1][2], scores[1][3])};
 #pragma unroll
         for (int j = 0; j < HEAD / 8; j++) {
-            int t = j / 8, word = j % 8 / 2;
-            bool upper = j % 2;
-            multiply_add<HALF>(sums[j], terms,
-                               paired(word_of(values[0][t], word), word_of(values[1][t], word), upper),
-                               paired(word_of(values[2][t], word), word_of(values[3][t], word), upper));
+            multiply_add<HALF>(sums[j], terms, fetched.value_operand(j, 0), fetched.value_operand(j, 1));
         }
         if (step + DECODE_WARPS < end) {
-            cells.load_values<HEAD>((step + DECODE_WARPS) * STEP, values);
+            cells.load_values((step + DECODE_WARPS) * STEP, fetched);
         }
     }
 
@@ -273,9 +334,10 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
         }
 #pragma unroll
         for (int j = 0; j < HEAD / 8; j++) {
-            int column = j / 8 * 64 + lane % 4 * 16 + j % 8;
+            constexpr int columns = Lane::columns;
+            int column = (j / columns * 8 + lane % 4 * 2) * columns + j % columns;
             found[column] = sums[j][2 * lower];
-            found[column + 8] = sums[j][2 * lower + 1];
+            found[column + columns] = sums[j][2 * lower + 1];
         }
     }
     __syncthreads();
@@ -332,7 +394,7 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                     const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
                     const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half,              \
                     float *partials, u32 *arrived) {                                                                   \
-        attend_few<ELEMENT == F16 ? HALF_F16 : HALF_BF16, HEAD>(                                                       \
+        attend_few<ELEMENT, HEAD>(                                                       \
             pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
             window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half, partials, arrived);               \
     }

@@ -6,7 +6,8 @@
 
 #include "half.cuh"
 
-enum Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+// The last is one of keys and values alone: see e4m3.cuh.
+enum Format { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, F8_E4M3 };
 
 __device__ __forceinline__ constexpr bool is_float(Format format) { return format <= BF16; }
 

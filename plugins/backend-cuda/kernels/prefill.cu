@@ -5,21 +5,31 @@
 // keys that they see, KEYS at a time, with the next ones on their way. Scores stay in registers, where they become the
 // left operand of the product with the values; sums are rescaled whenever a higher score is met.
 //
+// Of eight bits the codes are copied, and become what tensor cores take when it is their turn.
+//
 // What a query doesn't see it multiplies by 0, so that a NaN of its own sequence's later tokens reaches it. Those of
 // other sequences never do: what nobody of the tile sees is read as 0.
 
 #ifndef SETU_PREFILL
 #define SETU_PREFILL
 #include "attention.cuh"
-#include "formats.cuh"
 
 // Queries of a block, 16 for each of its warps, and positions at a time.
 constexpr int TILE_QUERIES = 64;
 constexpr int PREFILL_THREADS = TILE_QUERIES / 16 * 32;
 constexpr int KEYS = 64;
 
+// Where piece `piece` of codes of row `row` lies in a tile with rows of HEAD of them: eight rows lie in different banks.
+template <int HEAD> __device__ __forceinline__ int code_piece(int row, int piece) {
+    return row * HEAD + (piece ^ (HEAD == 64 ? row / 2 & 3 : row & 7)) * 16;
+}
+
 // Where a row's keys and values are.
-struct Context {
+template <Format TYPE, int HEAD> struct Context {
+    static constexpr bool scaled = TYPE == F8_E4M3;
+    // Pieces of a row of a tile.
+    static constexpr int pieces = HEAD / piece_elements(TYPE);
+
     Pages pages;
     const u32 *row_pages;
     int skipped, kv_head, seen_from, seen_to;
@@ -36,34 +46,63 @@ struct Context {
 
     // Starts to copy the keys and values of the positions from `begin` on. A thread has one position's keys, and one piece
     // of several positions' values, so that neighbours read neighbouring memory.
-    template <int HEAD> __device__ __forceinline__ void fetch(int begin, u16 *keys, u16 *values) const {
-        constexpr int k_step = PREFILL_THREADS / KEYS, v_step = PREFILL_THREADS / (HEAD / 8);
-        int k_pieces = pages.k_padded / 8, v_pieces = pages.v_dim / 8;
+    __device__ __forceinline__ void fetch(int begin, u8 *keys, u8 *values) const {
+        constexpr int k_step = PREFILL_THREADS / KEYS, v_step = PREFILL_THREADS / pieces;
+        int k_pieces = pages.k_padded / piece_elements(TYPE), v_pieces = pages.v_dim / piece_elements(TYPE);
         int row = threadIdx.x % KEYS, piece = threadIdx.x / KEYS, at = nearest_seen(begin + row);
         bool seen = sees(begin + row);
         int apart = pages.page_tokens * 16;
         const u8 *from = page_of(at) + pages.k_at + (kv_head * k_pieces + piece) * apart + paging.place(at) * 16;
 #pragma unroll
-        for (int i = 0; i < HEAD / 8 / k_step; i++) {
+        for (int i = 0; i < pieces / k_step; i++) {
             bool exists = seen && piece + i * k_step < k_pieces;
-            copy_async(keys + head_piece<HEAD>(row, piece + i * k_step), exists ? from + i * k_step * apart : pages.start,
-                       exists);
+            copy_async(keys + place_of_piece(row, piece + i * k_step), exists ? from + i * k_step * apart : pages.start, exists);
         }
-        row = threadIdx.x / (HEAD / 8), piece = threadIdx.x % (HEAD / 8);
+        row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
         u64 values_at = pages.v_at + (kv_head * pages.page_tokens * v_pieces + piece) * 16;
 #pragma unroll
         for (int i = 0; i < KEYS / v_step; i++) {
             at = nearest_seen(begin + row + i * v_step);
             bool exists = sees(begin + row + i * v_step) && piece < v_pieces;
             const u8 *from = page_of(at) + values_at + paging.place(at) * v_pieces * 16;
-            copy_async(values + head_piece<HEAD>(row + i * v_step, piece), exists ? from : pages.start, exists);
+            copy_async(values + place_of_piece(row + i * v_step, piece), exists ? from : pages.start, exists);
+        }
+    }
+
+    static __device__ __forceinline__ int place_of_piece(int row, int piece) {
+        return scaled ? code_piece<HEAD>(row, piece) : 2 * head_piece<HEAD>(row, piece);
+    }
+
+    // The scales of the position whose codes this thread is to decode: the key's, and the value's above it.
+    __device__ __forceinline__ u32 fetch_scales(int begin) const {
+        int position = begin + threadIdx.x % KEYS, at = nearest_seen(position);
+        u16 scales = *reinterpret_cast<const u16 *>(page_of(at) + pages.scales_of(kv_head, paging.place(at)));
+        return sees(position) ? scales : 0;
+    }
+
+    // Decodes a thread's part of a tile of codes: of one position every other piece.
+    static __device__ __forceinline__ void decode(const u8 *codes, u32 scale, u16 *elements) {
+        int row = threadIdx.x % KEYS;
+        u32 scales = scale_twice(scale);
+#pragma unroll
+        for (int piece = threadIdx.x / KEYS; piece < pieces; piece += PREFILL_THREADS / KEYS) {
+            uint4 four = *reinterpret_cast<const uint4 *>(codes + code_piece<HEAD>(row, piece));
+            u32 words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                u32 low = words[2 * i], high = words[2 * i + 1];
+                *reinterpret_cast<uint4 *>(elements + head_piece<HEAD>(row, 2 * piece + i)) =
+                    uint4{elements_of(__byte_perm(low, 0, 0x1404), scales), elements_of(__byte_perm(low, 0, 0x3424), scales),
+                          elements_of(__byte_perm(high, 0, 0x1404), scales),
+                          elements_of(__byte_perm(high, 0, 0x3424), scales)};
+            }
         }
     }
 };
 
 // As `attend` of attention.cu, with blocks in x for KV heads and in y for tiles; a page's tokens are a power of two, heads
-// are at most HEAD columns wide, and those of values a multiple of eight. `scale` is above 0.
-template <Half HALF, int HEAD>
+// are at most HEAD columns wide, and those of values a multiple of eight, in eight bits of sixteen. `scale` is above 0.
+template <Format TYPE, int HEAD>
 __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                             const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
                                             const u32 *tiles, const float *q, int q_stride, int group, int window,
@@ -76,11 +115,27 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
     int kv_head = blockIdx.x;
     int first_position = static_cast<int>(row_positions[row]);
     auto position_of = [&](int query) { return first_position + (first_query + query) / group; };
-    Context context = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
-                       first_seen(position_of(0), window), position_of(queries - 1), Paging(pages.page_tokens)};
+    constexpr Half HALF = half_kept(TYPE);
+    constexpr bool scaled = TYPE == F8_E4M3;
+    Context<TYPE, HEAD> context = {pages, table_pages + table_offsets[row], static_cast<int>(table_skipped[row]), kv_head,
+                                   first_seen(position_of(0), window), position_of(queries - 1), Paging(pages.page_tokens)};
 
+    // Room for queries; for elements of keys and values, twice where those are copied; and twice for codes.
     DYNAMIC_SHARED(u16, shared);
-    u16 *query = shared, *keys = query + TILE_QUERIES * HEAD, *values = keys + 2 * KEYS * HEAD;
+    constexpr int tile_elements = KEYS * HEAD, stages = scaled ? 1 : 2;
+    u16 *query = shared, *keys = query + TILE_QUERIES * HEAD, *values = keys + stages * tile_elements;
+    u8 *codes = reinterpret_cast<u8 *>(values + tile_elements);
+    auto fetch = [&](int tile, int stage) {
+        if constexpr (scaled) {
+            u8 *to = codes + stage * 2 * tile_elements;
+            context.fetch(tile * KEYS, to, to + tile_elements);
+        } else {
+            context.fetch(tile * KEYS, reinterpret_cast<u8 *>(keys + stage * tile_elements),
+                          reinterpret_cast<u8 *>(values + stage * tile_elements));
+        }
+        commit_copies();
+    };
+    u32 scales = 0;
     int first_tile = context.seen_from / KEYS, last_tile = context.seen_to / KEYS;
     for (int i = threadIdx.x; i < TILE_QUERIES * HEAD / 2; i += blockDim.x) {
         int in_tile = i / (HEAD / 2), dim = i % (HEAD / 2) * 2;
@@ -108,19 +163,28 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
     // What all queries see: most tiles need no further look.
     int all_from = first_seen(position_of(queries - 1), window), all_to = position_of(0);
     float sums[HEAD / 8][4] = {};
-    context.fetch<HEAD>(first_tile * KEYS, keys, values);
-    commit_copies();
+    fetch(first_tile, 0);
+    if constexpr (scaled) {
+        scales = context.fetch_scales(first_tile * KEYS);
+    }
     for (int tile = first_tile; tile <= last_tile; tile++) {
         int stage = (tile - first_tile) & 1;
         wait_for_copies<0>();
         // All have what they copied, and are done with the other stage.
         __syncthreads();
         if (tile < last_tile) {
-            int to = (stage ^ 1) * KEYS * HEAD;
-            context.fetch<HEAD>((tile + 1) * KEYS, keys + to, values + to);
-            commit_copies();
+            fetch(tile + 1, stage ^ 1);
         }
-        const u16 *stage_keys = keys + stage * KEYS * HEAD, *stage_values = values + stage * KEYS * HEAD;
+        if constexpr (scaled) {
+            u32 now = scales;
+            scales = tile < last_tile ? context.fetch_scales((tile + 1) * KEYS) : 0;
+            const u8 *from = codes + stage * 2 * tile_elements;
+            context.decode(from, now & 255, keys);
+            context.decode(from + tile_elements, now >> 8, values);
+            __syncthreads();
+            stage = 0;
+        }
+        const u16 *stage_keys = keys + stage * tile_elements, *stage_values = values + stage * tile_elements;
         float scores[KEYS / 8][4] = {};
 #pragma unroll
         for (int piece = 0; piece < HEAD / 8; piece += 2) {
@@ -210,7 +274,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
                     const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,      \
                     const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
                     const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half) {            \
-        attend_tile<ELEMENT == F16 ? HALF_F16 : HALF_BF16, HEAD>(                                                      \
+        attend_tile<ELEMENT, HEAD>(                                                      \
             pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
             window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half);                                  \
     }

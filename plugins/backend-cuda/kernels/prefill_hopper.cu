@@ -5,7 +5,6 @@
 // softmax of one runs while tensor cores are busy with the other; and the two take turns at them.
 
 #include "attention.cuh"
-#include "formats.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 

@@ -1,6 +1,6 @@
 //! Attention's launches: keys and values are written, with Q and K turned on the way, then attended to.
 
-use setu_core::Result;
+use setu_core::{KvDType, Result};
 
 use crate::gpu::{Arguments, Kernel, Shape};
 use crate::ops::{Operand, Pass, operand, threads_for};
@@ -22,6 +22,15 @@ const DECODE_BLOCKS: usize = 2;
 const WRITE_THREADS: usize = 256;
 /// Times that a device full of blocks is wanted, so that the last ones leave little of it idle.
 const DECODE_WAVES: usize = 4;
+
+/// What a value's columns must be a multiple of for the kernels on tensor cores; none where there are none.
+pub fn dense_columns(kv_dtype: KvDType) -> Option<u32> {
+    match kv_dtype {
+        KvDType::F16 | KvDType::BF16 => Some(8),
+        KvDType::F8E4M3 => Some(16),
+        _ => None,
+    }
+}
 
 /// How Q and K are turned.
 #[derive(Clone, Copy, Debug)]
@@ -85,12 +94,17 @@ pub struct PrefillTile {
 }
 
 /// Those of `kernels/prefill.cu` and of `kernels/prefill_hopper.cu`.
-pub const PORTABLE_PREFILL: PrefillTile =
+const PORTABLE_PREFILL: PrefillTile =
     PrefillTile { file: "prefill", queries: 64, keys: 64, threads: 128, spare_bytes: 0 };
-pub const HOPPER_PREFILL: PrefillTile =
+const HOPPER_PREFILL: PrefillTile =
     PrefillTile { file: "prefill_hopper", queries: 128, keys: 128, threads: 384, spare_bytes: 1024 };
 
 impl PrefillTile {
+    /// The kernel for keys and values in `kv_dtype`. That for Hopper has no path for eight bits.
+    pub fn of(kv_dtype: KvDType, is_hopper: bool) -> PrefillTile {
+        if is_hopper && kv_dtype != KvDType::F8E4M3 { HOPPER_PREFILL } else { PORTABLE_PREFILL }
+    }
+
     /// Dynamic shared memory, for heads of at most `head` columns.
     pub fn shared_bytes(&self, head: usize) -> usize {
         2 * head * (self.queries + 4 * self.keys) + self.spare_bytes
@@ -114,7 +128,7 @@ pub struct Attention {
     pub combine: Kernel,
     pub prefill: Option<Prefill>,
     /// The struct `Pages`.
-    pub pages: [u64; 7],
+    pub pages: [u64; 8],
     pub kv_group: usize,
     pub kv_heads: usize,
     /// How queries are cut into tiles, and the index of that among the limits' tilings.

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use setu_core::{DType, Error, Result};
+use setu_core::{DType, Error, KvDType, Result};
 use sha2::{Digest, Sha256};
 
 use crate::config::CudaConfig;
@@ -23,8 +23,10 @@ const HEADERS: &[(&str, &str)] = files![
     "activation.cuh",
     "attention.cuh",
     "bulk.cuh",
+    "cells.cuh",
     "codes.cuh",
     "common.cuh",
+    "e4m3.cuh",
     "formats.cuh",
     "half.cuh",
     "hopper.cuh",
@@ -76,7 +78,8 @@ const EMULATED: &str = "cuemu";
 pub struct Unit {
     /// Without its ending.
     pub file: &'static str,
-    pub format: Option<DType>,
+    /// Its name in `kernels/formats.cuh`.
+    pub format: Option<&'static str>,
 }
 
 impl Unit {
@@ -85,19 +88,23 @@ impl Unit {
         let mut units = Vec::new();
         for (name, _) in SOURCES {
             let file = name.trim_end_matches(".cu");
-            let formats: &[DType] = match file {
-                "attention" => &[DType::F32, DType::F16, DType::BF16],
-                "bulk" | "decode" | "prefill" | "prefill_hopper" => &[DType::F16, DType::BF16],
-                "embed" | "linear" => &DType::ALL,
+            let weights = |formats: &[DType]| formats.iter().map(|format| format.name()).collect();
+            let kept = |formats: &[KvDType]| formats.iter().map(|format| format.name()).collect();
+            let formats: Vec<&'static str> = match file {
+                "attention" => kept(&[KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::F8E4M3]),
+                "decode" | "prefill" => kept(&[KvDType::F16, KvDType::BF16, KvDType::F8E4M3]),
+                "prefill_hopper" => kept(&[KvDType::F16, KvDType::BF16]),
+                "bulk" => weights(&[DType::F16, DType::BF16]),
+                "embed" | "linear" => weights(&DType::ALL),
                 // Tensor cores take all but the first, F32.
-                "hopper" | "matmul" => &DType::ALL[1..],
-                "codes" => &DType::ALL[3..],
-                _ => &[],
+                "hopper" | "matmul" => weights(&DType::ALL[1..]),
+                "codes" => weights(&DType::ALL[3..]),
+                _ => Vec::new(),
             };
-            units.extend(formats.iter().map(|&format| Unit { file, format: Some(format) }));
             if formats.is_empty() {
                 units.push(Unit { file, format: None });
             }
+            units.extend(formats.into_iter().map(|format| Unit { file, format: Some(format) }));
         }
         units
     }
@@ -121,7 +128,7 @@ impl Unit {
             vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
         let has_elements = ["attention", "decode", "prefill", "prefill_hopper"].contains(&self.file);
         let macro_name = if has_elements { "ELEMENT" } else { "FORMAT" };
-        options.extend(self.format.map(|format| format!("-D{macro_name}={}", format.name())));
+        options.extend(self.format.map(|format| format!("-D{macro_name}={format}")));
         options
     }
 
@@ -206,7 +213,7 @@ impl Kernels {
             let module = self.device.load(&image).map_err(|error| error.within(unit))?;
             self.modules.insert(unit, module);
         }
-        let full_name = unit.format.map_or_else(|| name.to_owned(), |format| format!("{name}_{}", format.name()));
+        let full_name = unit.format.map_or_else(|| name.to_owned(), |format| format!("{name}_{format}"));
         self.modules[&unit].kernel(&full_name)
     }
 
@@ -262,12 +269,12 @@ mod tests {
 
     #[test]
     fn a_digest_depends_on_source_format_and_architecture() {
-        let unit = Unit { file: "linear", format: Some(DType::Q4K) };
+        let unit = Unit { file: "linear", format: Some(DType::Q4K.name()) };
         let digest = unit.digest("sm_90").unwrap();
         assert_eq!(digest, unit.digest("sm_90").unwrap());
         let others = [
             unit.digest("sm_80"),
-            Unit { format: Some(DType::Q5K), ..unit }.digest("sm_90"),
+            Unit { format: Some(DType::Q5K.name()), ..unit }.digest("sm_90"),
             Unit { file: "embed", ..unit }.digest("sm_90"),
         ];
         assert!(others.into_iter().all(|other| other.unwrap() != digest));

@@ -5,7 +5,7 @@
 
 use setu_core::backend::CompileOptions;
 use setu_core::graph::{KvGroupKind, KvLayer};
-use setu_core::{Error, Graph, Result};
+use setu_core::{Error, Graph, KvDType, Result};
 
 use crate::gpu::{Device, Memory, mib};
 
@@ -43,19 +43,22 @@ struct Layer {
     kv: KvLayer,
     /// Elements of a key, those that fill its last piece counted.
     k_padded: usize,
-    /// Bytes before its keys in a page, and before its values.
+    /// Bytes before its keys in a page, before its values, and before the scales of both.
     k_at: usize,
     v_at: usize,
+    scales_at: usize,
 }
 
 impl Layer {
     /// Lays a layer out from byte `start` of a page on: also where the next one starts.
-    fn new(kv: KvLayer, start: usize, element: usize, page_tokens: usize) -> (Layer, usize) {
+    fn new(kv: KvLayer, start: usize, dtype: KvDType, page_tokens: usize) -> (Layer, usize) {
+        let element = dtype.element_bytes();
         let k_padded = (kv.k_dim as usize).next_multiple_of(PIECE_BYTES / element);
-        let heads = kv.heads as usize * page_tokens * element;
-        let v_at = start + heads * k_padded;
-        let end = (v_at + heads * kv.v_dim as usize).next_multiple_of(PIECE_BYTES);
-        (Layer { kv, k_padded, k_at: start, v_at }, end)
+        let heads = kv.heads as usize * page_tokens;
+        let v_at = start + heads * k_padded * element;
+        let scales_at = (v_at + heads * kv.v_dim as usize * element).next_multiple_of(PIECE_BYTES);
+        let end = (scales_at + heads * 2 * dtype.scale_bytes()).next_multiple_of(PIECE_BYTES);
+        (Layer { kv, k_padded, k_at: start, v_at, scales_at }, end)
     }
 }
 
@@ -63,9 +66,8 @@ impl Pages {
     /// Lays the pages out and allocates them, within `budget` bytes where the options name no number.
     ///
     /// # Errors
-    /// They don't fit; the message has the sum. The format of K and V is one of the floats.
+    /// They don't fit; the message has the sum.
     pub fn new(device: &Device, graph: &Graph, options: &CompileOptions, budget: u64) -> Result<Pages> {
-        let element = options.kv_dtype.block_bytes();
         if options.page_tokens == 0 || options.page_tokens > 1 << 16 {
             return Err(Error::config(format!("page_tokens must be from 1 to 65536, not {}", options.page_tokens)));
         }
@@ -75,7 +77,7 @@ impl Pages {
         for &kv in &graph.kv_layers {
             let end = &mut page_bytes[kv.group as usize];
             let layer;
-            (layer, *end) = Layer::new(kv, *end, element, page_tokens);
+            (layer, *end) = Layer::new(kv, *end, options.kv_dtype, page_tokens);
             layers.push(layer);
         }
         let pages = page_counts(graph, options, &page_bytes, budget)?;
@@ -111,8 +113,8 @@ impl Pages {
     }
 
     /// The struct `Pages` of `kernels/attention.cuh` for a layer.
-    pub fn argument(&self, layer: usize) -> [u64; 7] {
-        let Layer { kv, k_padded, k_at, v_at } = self.layers[layer];
+    pub fn argument(&self, layer: usize) -> [u64; 8] {
+        let Layer { kv, k_padded, k_at, v_at, scales_at } = self.layers[layer];
         let group = &self.groups[kv.group as usize];
         let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
         [
@@ -120,6 +122,7 @@ impl Pages {
             group.page_bytes as u64,
             k_at as u64,
             v_at as u64,
+            scales_at as u64,
             pair(self.page_tokens, kv.heads as usize),
             pair(kv.k_dim as usize, k_padded),
             kv.v_dim.into(),

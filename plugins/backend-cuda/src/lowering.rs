@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use setu_core::graph::{
     KvGroupKind, KvLayer, MaskKind, Node, Op as GraphOp, RopeStyle, RowSpace, Scoring, ValueId, WeightId,
 };
-use setu_core::{DType, Error, Graph, Result};
+use setu_core::{DType, Error, Graph, KvDType, Result};
 
-use crate::attention::{self, Attention, Decode, Prefill, Turn};
+use crate::attention::{self, Attention, Decode, Prefill, PrefillTile, Turn};
 use crate::experts::Experts;
 use crate::fuse::{self, Kind, Unit};
 use crate::gpu::{Device, Kernel, Memory};
@@ -33,7 +33,7 @@ pub struct Lowering<'a, 'w> {
     pub weights: &'a mut Weights<'w>,
     pub kernels: &'a mut Kernels,
     pub batch_invariant: bool,
-    pub kv_dtype: DType,
+    pub kv_dtype: KvDType,
     pub page_tokens: usize,
     /// Most rows of the two stages.
     pub rows: (usize, usize),
@@ -203,7 +203,7 @@ impl Lowering<'_, '_> {
 
     /// The kernels for weights in `dtype`; `bulk` are those that only this product has.
     fn product_kernels(&mut self, dtype: DType, cols: usize, bulk: Option<Dense>) -> Result<ProductKernels> {
-        let unit = kernels::Unit { file: "linear", format: Some(dtype) };
+        let unit = kernels::Unit { file: "linear", format: Some(dtype.name()) };
         let [one, few, many] = ["one", "few", "many"].map(|name| self.kernels.get(unit, &format!("linear_{name}")));
         let dense = if bulk.is_some() {
             bulk
@@ -222,7 +222,7 @@ impl Lowering<'_, '_> {
         if self.batch_invariant || !CodesTile::takes(dtype, cols) {
             return Ok(None);
         }
-        let unit = kernels::Unit { file: "codes", format: Some(dtype) };
+        let unit = kernels::Unit { file: "codes", format: Some(dtype.name()) };
         let most_shared_bytes = self.device.shared_bytes()?;
         let fitting =
             CODES.iter().map(|tile| (tile, tile.shared_bytes(dtype))).filter(|(_, bytes)| *bytes <= most_shared_bytes);
@@ -261,7 +261,7 @@ impl Lowering<'_, '_> {
 
     fn tile_kernels(&mut self, dtype: DType, tiles: &[Tile]) -> Result<Vec<Kernel>> {
         let kernels = tiles.iter().map(|tile| {
-            let unit = kernels::Unit { file: tile.file, format: Some(dtype) };
+            let unit = kernels::Unit { file: tile.file, format: Some(dtype.name()) };
             let kernel = self.kernels.get(unit, &format!("{}_{}", tile.file, tile.name))?;
             kernel.allow_shared(tile.shared_bytes()).map(|()| kernel)
         });
@@ -308,7 +308,7 @@ impl Lowering<'_, '_> {
         Ok(match &node.op {
             GraphOp::Embed { weight, scale } => {
                 let table = self.weights.matrix(*weight)?;
-                let unit = kernels::Unit { file: "embed", format: Some(table.dtype) };
+                let unit = kernels::Unit { file: "embed", format: Some(table.dtype.name()) };
                 Op::Embed { kernel: self.kernels.get(unit, "embed")?, table: table.address, scale: *scale, out }
             }
             GraphOp::Rope { table, head_dim, style } => {
@@ -390,13 +390,7 @@ impl Lowering<'_, '_> {
             _ => None,
         };
         let head_group = (heads / kv.heads) as usize;
-        if !self.kv_dtype.is_float() {
-            return Err(Error::unsupported(format!(
-                "the CUDA backend keeps keys and values in F32, F16 or BF16, not in {}: change kv_dtype",
-                self.kv_dtype
-            )));
-        }
-        let kernel_unit = kernels::Unit { file: "attention", format: Some(self.kv_dtype) };
+        let kernel_unit = kernels::Unit { file: "attention", format: Some(self.kv_dtype.name()) };
         let dense_head = self.dense_head(kv).filter(|_| scale > 0.0);
         let (prefill, decode) = (self.prefill(dense_head)?, self.decode(dense_head)?);
         let tiling = Tiling {
@@ -416,7 +410,7 @@ impl Lowering<'_, '_> {
             decode,
             combine: self.kernel("combine", "attend_combine")?,
             prefill,
-            pages: [0; 7],
+            pages: [0; 8],
             kv_group: kv.group as usize,
             kv_heads: kv.heads as usize,
             tiling,
@@ -440,9 +434,9 @@ impl Lowering<'_, '_> {
 
     /// How wide the heads are that kernels on tensor cores for a layer are made for; none where there are none.
     fn dense_head(&self, kv: KvLayer) -> Option<usize> {
-        let halves = matches!(self.kv_dtype, DType::F16 | DType::BF16);
+        let columns = attention::dense_columns(self.kv_dtype)?;
         let head = [64, 128].into_iter().find(|&head| kv.k_dim.max(kv.v_dim) <= head);
-        let fits = halves && kv.k_dim.is_multiple_of(2) && kv.v_dim.is_multiple_of(8);
+        let fits = kv.k_dim.is_multiple_of(2) && kv.v_dim.is_multiple_of(columns);
         let head = head.filter(|_| fits && self.page_tokens.is_power_of_two() && !self.batch_invariant)?;
         Some(head as usize)
     }
@@ -451,7 +445,7 @@ impl Lowering<'_, '_> {
     fn decode(&mut self, dense_head: Option<usize>) -> Result<Option<Decode>> {
         let head = dense_head.filter(|_| self.page_tokens.is_multiple_of(attention::DECODE_STEP));
         let Some(head) = head else { return Ok(None) };
-        let unit = kernels::Unit { file: "decode", format: Some(self.kv_dtype) };
+        let unit = kernels::Unit { file: "decode", format: Some(self.kv_dtype.name()) };
         let kernel = self.kernels.get(unit, &format!("decode_{head}"))?;
         let slots = Decode::slots(self.device.multiprocessors()?);
         let arrived = match self.arrived {
@@ -469,8 +463,8 @@ impl Lowering<'_, '_> {
     /// The kernel on tensor cores for many queries; none where there is no such kernel.
     fn prefill(&mut self, dense_head: Option<usize>) -> Result<Option<Prefill>> {
         let Some(head) = dense_head else { return Ok(None) };
-        let tile = if self.kernels.is_hopper() { attention::HOPPER_PREFILL } else { attention::PORTABLE_PREFILL };
-        let unit = kernels::Unit { file: tile.file, format: Some(self.kv_dtype) };
+        let tile = PrefillTile::of(self.kv_dtype, self.kernels.is_hopper());
+        let unit = kernels::Unit { file: tile.file, format: Some(self.kv_dtype.name()) };
         let kernel = self.kernels.get(unit, &format!("attend_{head}"))?;
         let shared_bytes = tile.shared_bytes(head);
         kernel.allow_shared(shared_bytes)?;

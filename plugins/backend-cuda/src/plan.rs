@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use setu_core::backend::CompileOptions;
 use setu_core::graph::{Node, Op as GraphOp, RowSpace, WeightId};
-use setu_core::{DType, Error, Graph, Result};
+use setu_core::{DType, Error, Graph, KvDType, Result};
 
-use crate::attention;
+use crate::attention::{self, PrefillTile};
 use crate::fuse::{self, Kind, Unit};
 use crate::gpu::{Device, Memory};
 use crate::kernels::{self, Kernels};
@@ -173,11 +173,11 @@ fn needed(
     graph: &Graph,
     units: &[Unit<'_>],
     weights: &Weights<'_>,
-    kv_dtype: DType,
+    kv_dtype: KvDType,
     dense: Option<&'static str>,
 ) -> Vec<kernels::Unit> {
     let mut needed = Vec::new();
-    let mut add = |file: &'static str, format: Option<DType>| {
+    let mut add = |file: &'static str, format: Option<&'static str>| {
         let unit = kernels::Unit { file, format };
         if !needed.contains(&unit) {
             needed.push(unit);
@@ -188,24 +188,23 @@ fn needed(
         for id in weights_of(unit) {
             let (dtype, cols) = (weights.dtype(id), graph.weight(id).shape.last().copied().unwrap_or(0));
             let is_half = matches!(dtype, DType::F16 | DType::BF16);
-            add("linear", Some(dtype));
+            add("linear", Some(dtype.name()));
             if let Some(file) = dense.filter(|_| Half::of(dtype, cols).is_some()) {
-                add(file, Some(dtype));
+                add(file, Some(dtype.name()));
                 if file == "hopper" && is_alone && is_half {
-                    add("bulk", Some(dtype));
+                    add("bulk", Some(dtype.name()));
                 }
                 if CodesTile::takes(dtype, cols) {
-                    add("codes", Some(dtype));
+                    add("codes", Some(dtype.name()));
                 }
             }
         }
     }
-    if kv_dtype.is_float() && !graph.kv_layers.is_empty() {
-        add("attention", Some(kv_dtype));
-        if let Some(file) = dense.filter(|_| kv_dtype != DType::F32) {
-            let tile = if file == "hopper" { attention::HOPPER_PREFILL } else { attention::PORTABLE_PREFILL };
-            add(tile.file, Some(kv_dtype));
-            add("decode", Some(kv_dtype));
+    if !graph.kv_layers.is_empty() {
+        add("attention", Some(kv_dtype.name()));
+        if let Some(file) = dense.filter(|_| attention::dense_columns(kv_dtype).is_some()) {
+            add(PrefillTile::of(kv_dtype, file == "hopper").file, Some(kv_dtype.name()));
+            add("decode", Some(kv_dtype.name()));
         }
     }
     add("sample", None);

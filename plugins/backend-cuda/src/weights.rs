@@ -23,6 +23,9 @@ pub struct Weights<'a> {
     staging: [(Pinned, Event); 2],
     matrices: HashMap<Vec<WeightId>, u64>,
     vectors: HashMap<Vec<WeightId>, u64>,
+    /// By the address of bytes on the host, where they are on the device to stay, and how many. Dummy weights are the same
+    /// bytes again and again.
+    uploaded: HashMap<*const u8, (u64, usize)>,
     memory: Vec<Memory>,
 }
 
@@ -57,6 +60,7 @@ impl<'a> Weights<'a> {
             staging: [buffer()?, buffer()?],
             matrices: HashMap::new(),
             vectors: HashMap::new(),
+            uploaded: HashMap::new(),
             memory: Vec::new(),
         })
     }
@@ -83,7 +87,7 @@ impl<'a> Weights<'a> {
         self.memory.push(memory);
         let mut place = address;
         for &id in ids {
-            self.upload(id, place)?;
+            self.bring(id, place)?;
             place += self.byte_len(id) as u64;
         }
         self.matrices.insert(ids.to_vec(), address);
@@ -103,10 +107,14 @@ impl<'a> Weights<'a> {
         let mut place = vector.address();
         for &id in ids {
             let len = self.graph.weight(id).shape.iter().product();
-            let unit = Unit { file: "embed", format: Some(self.dtype(id)) };
+            let unit = Unit { file: "embed", format: Some(self.dtype(id).name()) };
             let embed = kernels.get(unit, "embed")?;
             let raw = self.device.allocate(self.byte_len(id), &self.graph.weight(id).name)?;
-            self.upload(id, raw.address())?;
+            let mut to = raw.address();
+            for chunk in chunks(&self.data[id.0 as usize]) {
+                self.upload(chunk, to)?;
+                to += chunk.len() as u64;
+            }
             let arguments = Arguments::new().address(row.address()).address(raw.address()).float(1.0);
             let arguments = arguments.address(place).int(len).int(len);
             // SAFETY: one row number; the arguments are those of `embed`: the table has one row of `len` elements, and
@@ -145,19 +153,37 @@ impl<'a> Weights<'a> {
         self.data[id.0 as usize].parts.iter().map(|part| part.len()).sum()
     }
 
-    /// Copies a weight to memory that has room for it.
-    fn upload(&mut self, id: WeightId, mut address: u64) -> Result<()> {
-        let data = &self.data[id.0 as usize];
-        for chunk in data.parts.iter().flat_map(|part| part.chunks(STAGING_BYTES)) {
-            self.staging.swap(0, 1);
-            let (buffer, event) = &mut self.staging[0];
-            event.wait()?;
-            buffer.bytes_mut()[..chunk.len()].copy_from_slice(chunk);
-            // SAFETY: the chunks together are as long as the memory; the buffer isn't touched before its event.
-            unsafe { self.stream.upload(address, &buffer.bytes()[..chunk.len()])? };
-            self.stream.record(event)?;
+    /// Brings a weight to memory that has room for it and stays: what is on the device already is copied there.
+    fn bring(&mut self, id: WeightId, mut address: u64) -> Result<()> {
+        let data = self.data;
+        for chunk in chunks(&data[id.0 as usize]) {
+            match self.uploaded.get(&chunk.as_ptr()) {
+                // SAFETY: the chunks together are as long as the memory, and as many bytes were uploaded there before, on
+                // the same stream.
+                Some(&(from, len)) if chunk.len() <= len => unsafe { self.stream.copy(address, from, chunk.len())? },
+                _ => {
+                    self.upload(chunk, address)?;
+                    self.uploaded.insert(chunk.as_ptr(), (address, chunk.len()));
+                }
+            }
             address += chunk.len() as u64;
         }
         Ok(())
     }
+
+    /// Copies at most `STAGING_BYTES` to memory that has room for them.
+    fn upload(&mut self, bytes: &[u8], address: u64) -> Result<()> {
+        self.staging.swap(0, 1);
+        let (buffer, event) = &mut self.staging[0];
+        event.wait()?;
+        buffer.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+        // SAFETY: the memory has room for the bytes, says the caller; the buffer isn't touched before its event.
+        unsafe { self.stream.upload(address, &buffer.bytes()[..bytes.len()])? };
+        self.stream.record(event)
+    }
+}
+
+/// A weight's bytes, as they go through staging.
+fn chunks<'a>(data: &'a WeightData<'a>) -> impl Iterator<Item = &'a [u8]> {
+    data.parts.iter().flat_map(|part| part.chunks(STAGING_BYTES))
 }

@@ -4,7 +4,7 @@ mod common;
 
 use setu_core::backend::CompileOptions;
 use setu_core::graph::{ActivationKind, Graph, GraphBuilder, Shard};
-use setu_core::{Backend, DType, Result};
+use setu_core::{Backend, DType, KvDType, Result};
 use setu_testkit::backend::Stop;
 use setu_testkit::backend::rig::{Rig, compare_overall};
 use setu_testkit::reference::ReferenceModel;
@@ -58,7 +58,7 @@ fn check(
     let exec = backend.compile(graph, &weights.data(), options).unwrap();
     let mut rig = Rig::of(graph, exec, options.clone());
     let tokens = rig.rng.tokens(count, graph.vocab_size);
-    let expected = ReferenceModel::new(graph, &weights.data(), DType::F32).unwrap().logits(&tokens).unwrap();
+    let expected = ReferenceModel::new(graph, &weights.data(), KvDType::F32).unwrap().logits(&tokens).unwrap();
     for &chunk in chunks {
         let found = rig.alone(&tokens, chunk).unwrap_or_else(|_| panic!("a step fails"));
         if let Err(Stop::Failed(why)) = compare_overall(&found, &expected, 1e-2) {
@@ -75,7 +75,7 @@ fn tiles_of_every_size_compute_the_same() {
     for dtype in [DType::BF16, DType::F16, DType::Q8_0, DType::Q4K] {
         let weights = WeightSet::random(&graph, dtype, 4);
         let mut options = CompileOptions::new(300, 8, 320);
-        options.kv_dtype = DType::F32;
+        options.kv_dtype = KvDType::F32;
         // The two are one where there are no kernels for just this GPU.
         let backends = [common::backend(), common::portable()];
         for mut backend in backends.into_iter().take(if on_gpu { 2 } else { 1 }) {
@@ -95,7 +95,7 @@ fn few_rows_of_every_quantized_format() {
             _ => 512,
         });
         let (graph, mut options) = (graph.unwrap(), CompileOptions::new(64, 8, 320));
-        options.kv_dtype = DType::F32;
+        options.kv_dtype = KvDType::F32;
         let weights = WeightSet::random(&graph, dtype, 5);
         check(common::backend().as_mut(), &graph, &weights, &options, 33, &[1, 8, 13, 29]);
     }

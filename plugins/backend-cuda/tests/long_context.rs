@@ -4,13 +4,13 @@
 mod common;
 
 use common::{Heads, MAX_LEN, backend, invariant, model};
-use setu_core::DType;
 use setu_core::backend::CompileOptions;
+use setu_core::{DType, KvDType};
 use setu_testkit::backend::rig::{Rig, compare};
 use setu_testkit::reference::ReferenceModel;
 use setu_testkit::weights::WeightSet;
 
-fn check(shape: Heads, kv_dtype: DType, page_tokens: u32, tolerance: f64) {
+fn check(shape: Heads, kv_dtype: KvDType, page_tokens: u32, tolerance: f64) {
     let graph = model(shape).unwrap();
     let weights = WeightSet::random(&graph, DType::F32, 5);
     let mut options = CompileOptions::new(64, 8, MAX_LEN);
@@ -46,20 +46,28 @@ fn check(shape: Heads, kv_dtype: DType, page_tokens: u32, tolerance: f64) {
 #[test]
 fn a_context_of_several_parts_is_the_same_however_it_is_computed() {
     let plain = Heads { heads: 6, kv_heads: 2, k_dim: 20, v_dim: 24, window: None };
-    check(plain, DType::F32, 16, 1e-3);
-    check(plain, DType::F16, 24, 5e-3);
-    check(Heads { k_dim: 72, v_dim: 104, ..plain }, DType::F16, 16, 5e-3);
+    check(plain, KvDType::F32, 16, 1e-3);
+    check(plain, KvDType::F16, 24, 5e-3);
+    check(Heads { k_dim: 72, v_dim: 104, ..plain }, KvDType::F16, 16, 5e-3);
 }
 
 #[test]
 fn so_is_one_that_a_window_passes_over() {
     let windowed = Heads { heads: 5, kv_heads: 1, k_dim: 16, v_dim: 16, window: Some(150) };
-    check(windowed, DType::F32, 8, 1e-3);
-    check(windowed, DType::BF16, 16, 4e-2);
+    check(windowed, KvDType::F32, 8, 1e-3);
+    check(windowed, KvDType::BF16, 16, 4e-2);
+}
+
+#[test]
+fn so_is_one_in_eight_bits() {
+    let plain = Heads { heads: 6, kv_heads: 2, k_dim: 20, v_dim: 24, window: None };
+    check(plain, KvDType::F8E4M3, 24, 4e-2);
+    check(Heads { k_dim: 72, v_dim: 112, ..plain }, KvDType::F8E4M3, 16, 4e-2);
+    check(Heads { k_dim: 64, v_dim: 48, window: Some(150), ..plain }, KvDType::F8E4M3, 32, 4e-2);
 }
 
 #[test]
 fn values_may_be_wider_than_a_block() {
     let wide = Heads { heads: 2, kv_heads: 2, k_dim: 24, v_dim: 160, window: None };
-    check(wide, DType::BF16, 16, 4e-2);
+    check(wide, KvDType::BF16, 16, 4e-2);
 }

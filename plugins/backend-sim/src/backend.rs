@@ -83,9 +83,8 @@ impl Backend for SimBackend {
 
 /// What a page of each KV group would take.
 fn page_bytes(graph: &Graph, options: &CompileOptions) -> Vec<u64> {
-    let element_bytes = options.kv_dtype.block_bytes();
     let groups = 0..graph.kv_groups.len() as u32;
-    groups.map(|group| u64::from(options.page_tokens) * graph.kv_token_bytes(group, element_bytes) as u64).collect()
+    groups.map(|group| u64::from(options.page_tokens) * graph.kv_token_bytes(group, options.kv_dtype) as u64).collect()
 }
 
 fn sum(pages: &[u32], page_bytes: &[u64]) -> u128 {

@@ -103,7 +103,7 @@ impl Tensors {
             .collect();
         let weights: Vec<WeightData<'_>> =
             bytes.iter().map(|bytes| WeightData { dtype: DType::F32, parts: vec![bytes] }).collect();
-        ReferenceModel::new(&graph, &weights, DType::F32).unwrap().logits(tokens).unwrap().data
+        ReferenceModel::new(&graph, &weights, KvDType::F32).unwrap().logits(tokens).unwrap().data
     }
 }
 

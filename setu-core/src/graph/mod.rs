@@ -17,6 +17,8 @@ mod work;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kv_dtype::KvDType;
+
 pub use builder::{GraphBuilder, Tensor};
 pub use codec::GRAPH_FORMAT;
 pub use op::{ActivationKind, MaskKind, Op, RopeStyle, Scoring};
@@ -123,6 +125,14 @@ pub struct KvLayer {
     pub v_dim: u32,
 }
 
+impl KvLayer {
+    /// Bytes of K and V of one token.
+    pub fn token_bytes(&self, kv_dtype: KvDType) -> usize {
+        let of_head = (self.k_dim + self.v_dim) as usize * kv_dtype.element_bytes() + 2 * kv_dtype.scale_bytes();
+        self.heads as usize * of_head
+    }
+}
+
 /// Rotary frequencies, one for each pair of rotated columns, all scalings applied.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -185,9 +195,8 @@ impl Graph {
         self.outputs.iter().find(|output| output.name == name).map(|output| output.value)
     }
 
-    /// Bytes of K and V of one token in KV group `group`, for elements of `element_bytes`.
-    pub fn kv_token_bytes(&self, group: u32, element_bytes: usize) -> usize {
-        let layers = self.kv_layers.iter().filter(|layer| layer.group == group);
-        layers.map(|layer| layer.heads as usize * (layer.k_dim + layer.v_dim) as usize * element_bytes).sum()
+    /// Bytes of K and V of one token in KV group `group`.
+    pub fn kv_token_bytes(&self, group: u32, kv_dtype: KvDType) -> usize {
+        self.kv_layers.iter().filter(|layer| layer.group == group).map(|layer| layer.token_bytes(kv_dtype)).sum()
     }
 }

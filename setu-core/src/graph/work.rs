@@ -3,8 +3,9 @@
 //! Divided by what a device can do at most they are the least time that a step can take, which is what benches hold
 //! their figures against.
 
-use super::{Graph, KvGroupKind, Op, RowSpace};
+use super::{Graph, KvGroupKind, KvLayer, Op, RowSpace};
 use crate::dtype::DType;
+use crate::kv_dtype::KvDType;
 
 /// What a graph's tokens cost. A multiplication and an addition are two operations.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -26,8 +27,7 @@ pub struct Work {
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Attention {
     operations: f64,
-    /// Elements of K and V.
-    elements: f64,
+    kv: KvLayer,
     /// Most keys that a query sees.
     window: f64,
 }
@@ -65,7 +65,7 @@ impl Work {
                     };
                     work.attention.push(Attention {
                         operations: 2.0 * f64::from(*heads) * f64::from(kv.k_dim + kv.v_dim),
-                        elements: f64::from(kv.heads) * f64::from(kv.k_dim + kv.v_dim),
+                        kv,
                         window,
                     });
                 }
@@ -86,11 +86,10 @@ impl Work {
 
     /// Bytes that a step reads in which `rows` sessions decode that have `context` tokens each, with K and V in
     /// `kv_dtype`. Of the experts, those that are chosen by one session at least, if all are chosen as often.
-    pub fn decode_bytes(&self, rows: f64, context: f64, kv_dtype: DType) -> f64 {
+    pub fn decode_bytes(&self, rows: f64, context: f64, kv_dtype: KvDType) -> f64 {
         let read = 1.0 - (1.0 - self.expert_share).powf(rows);
-        let kv: f64 = self.attention.iter().map(|layer| layer.elements * context.min(layer.window)).sum();
-        let element_bytes = kv_dtype.block_bytes() as f64 / kv_dtype.block_len() as f64;
-        self.weight_bytes + self.expert_bytes * read + rows * kv * element_bytes
+        let of_layer = |layer: &Attention| layer.kv.token_bytes(kv_dtype) as f64 * context.min(layer.window);
+        self.weight_bytes + self.expert_bytes * read + rows * self.attention.iter().map(of_layer).sum::<f64>()
     }
 
     /// Operations of such a step.
@@ -116,7 +115,8 @@ mod tests {
 
     #[test]
     fn a_window_bounds_what_attention_costs() {
-        let attention = |window| Attention { operations: 10.0, elements: 3.0, window };
+        let attention =
+            |window| Attention { operations: 10.0, kv: KvLayer { group: 0, heads: 1, k_dim: 2, v_dim: 1 }, window };
         let work = |window| Work {
             operations: 1.0,
             head_operations: 7.0,
@@ -126,13 +126,14 @@ mod tests {
         assert_eq!(work(f64::INFINITY).prompt_operations(4.0), 4.0 + 7.0 + 10.0 * 10.0);
         assert_eq!(work(2.0).prompt_operations(4.0), 4.0 + 7.0 + 10.0 * (1.0 + 2.0 + 2.0 + 2.0));
         assert_eq!(work(2.0).decode_operations(3.0, 9.0), 3.0 * (1.0 + 7.0 + 20.0));
-        assert_eq!(work(2.0).decode_bytes(3.0, 9.0, DType::F16), 3.0 * 2.0 * 3.0 * 2.0);
+        assert_eq!(work(2.0).decode_bytes(3.0, 9.0, KvDType::F16), 3.0 * 2.0 * 3.0 * 2.0);
+        assert_eq!(work(2.0).decode_bytes(3.0, 9.0, KvDType::F8E4M3), 3.0 * 2.0 * (3.0 + 2.0));
     }
 
     #[test]
     fn experts_are_read_as_far_as_they_are_chosen() {
         let work = Work { weight_bytes: 5.0, expert_bytes: 8.0, expert_share: 0.25, ..Work::default() };
-        assert_eq!(work.decode_bytes(1.0, 0.0, DType::F16), 7.0);
-        assert_eq!(work.decode_bytes(2.0, 0.0, DType::F16), 5.0 + 8.0 * (1.0 - 0.75 * 0.75));
+        assert_eq!(work.decode_bytes(1.0, 0.0, KvDType::F16), 7.0);
+        assert_eq!(work.decode_bytes(2.0, 0.0, KvDType::F16), 5.0 + 8.0 * (1.0 - 0.75 * 0.75));
     }
 }

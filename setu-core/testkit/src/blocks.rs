@@ -4,7 +4,7 @@
 //! Slow and plain on purpose: it is what a backend's fast paths are compared to, and shares nothing with them.
 
 use half::{bf16, f16};
-use setu_core::DType;
+use setu_core::{DType, KvDType};
 
 use crate::rng::Rng;
 
@@ -18,13 +18,32 @@ pub fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
     blocks.flat_map(|block| (0..dtype.block_len()).map(move |index| element(dtype, block, index))).collect()
 }
 
-/// `value` as `dtype`, one of the float formats, holds it.
-pub fn rounded(dtype: DType, value: f64) -> f64 {
-    match dtype {
-        DType::F16 => f16::from_f64(value).to_f64(),
-        DType::BF16 => bf16::from_f64(value).to_f64(),
-        _ => f64::from(value as f32),
+/// A head of K or V as pages in `kv_dtype` hold it.
+pub fn rounded(kv_dtype: KvDType, head: &[f64]) -> Vec<f64> {
+    let each = |round: fn(f64) -> f64| head.iter().map(|&x| round(x)).collect();
+    match kv_dtype {
+        KvDType::F16 => each(|x| f16::from_f64(x).to_f64()),
+        KvDType::BF16 => each(|x| bf16::from_f64(x).to_f64()),
+        KvDType::F8E4M3 => scaled_e4m3(head),
+        _ => each(|x| f64::from(x as f32)),
     }
+}
+
+/// As [`KvDType::F8E4M3`] says.
+fn scaled_e4m3(head: &[f64]) -> Vec<f64> {
+    const LARGEST: f64 = 448.0;
+    if head.iter().any(|x| !x.is_finite()) {
+        return vec![f64::NAN; head.len()];
+    }
+    let largest = head.iter().fold(0.0_f64, |largest, x| largest.max(x.abs()));
+    let exponent = if largest == 0.0 { 0.0 } else { (largest / LARGEST).log2().ceil().clamp(-120.0, 7.0) };
+    let scale = exponent.exp2();
+    let round = |x: f64| {
+        // Three bits behind the first one of a number, and the least exponent is -6.
+        let unit = (x.abs().log2().floor().max(-6.0) - 3.0).exp2();
+        ((x / unit).round_ties_even() * unit).clamp(-LARGEST, LARGEST)
+    };
+    head.iter().map(|x| round(x / scale) * scale).collect()
 }
 
 /// `values` in a float format.

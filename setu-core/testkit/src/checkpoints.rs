@@ -1,9 +1,9 @@
 //! Small checkpoints for tests of models: named tensors in both formats, and what a graph makes of them.
 
-use setu_core::DType;
 use setu_core::backend::WeightData;
 use setu_core::graph::{Graph, Weight};
 use setu_core::model::TensorInfo;
+use setu_core::{DType, KvDType};
 
 use crate::blocks;
 use crate::reference::ReferenceModel;
@@ -128,7 +128,7 @@ impl Tensors {
         let data = parts
             .iter()
             .map(|parts| WeightData { dtype: DType::F32, parts: parts.iter().map(Vec::as_slice).collect() });
-        let model = ReferenceModel::new(graph, &data.collect::<Vec<_>>(), DType::F32).expect("the reference runs it");
+        let model = ReferenceModel::new(graph, &data.collect::<Vec<_>>(), KvDType::F32).expect("the reference runs it");
         model.logits(tokens).expect("the graph has logits").data
     }
 

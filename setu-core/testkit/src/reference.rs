@@ -6,7 +6,7 @@
 
 use setu_core::backend::WeightData;
 use setu_core::graph::{Graph, KvGroupKind, Op, RopeStyle, Scoring, ValueId, WeightId};
-use setu_core::{DType, Error, Result};
+use setu_core::{Error, KvDType, Result};
 
 use crate::blocks;
 
@@ -70,7 +70,7 @@ pub struct Span<'a> {
 pub struct ReferenceModel {
     graph: Graph,
     weights: Vec<Vec<f64>>,
-    kv_dtype: DType,
+    kv_dtype: KvDType,
 }
 
 impl ReferenceModel {
@@ -78,7 +78,7 @@ impl ReferenceModel {
     ///
     /// # Errors
     /// The data of a weight isn't as long as its shape says, or the reference doesn't know an op.
-    pub fn new(graph: &Graph, weights: &[WeightData<'_>], kv_dtype: DType) -> Result<ReferenceModel> {
+    pub fn new(graph: &Graph, weights: &[WeightData<'_>], kv_dtype: KvDType) -> Result<ReferenceModel> {
         if weights.len() != graph.weights.len() {
             let (wanted, found) = (graph.weights.len(), weights.len());
             return Err(Error::contract(format!("the graph has {wanted} weights, {found} were given")));
@@ -224,12 +224,13 @@ impl ReferenceModel {
             }),
             Op::Attention { layer, heads, scale, softcap, mask: _, sinks } => {
                 let [q, k, v] = inputs else { return Err(Error::contract("attention takes three inputs")) };
-                let rounded =
-                    |row: &[f64]| row.iter().map(|&x| blocks::rounded(self.kv_dtype, x)).collect::<Vec<f64>>();
-                for (token, (k, v)) in k.rows().zip(v.rows()).enumerate() {
-                    kv.write(*layer as usize, token, &rounded(k), &rounded(v));
-                }
                 let shape = self.graph.kv_layers[*layer as usize];
+                let rounded = |row: &[f64], dim: u32| -> Vec<f64> {
+                    row.chunks_exact(dim as usize).flat_map(|head| blocks::rounded(self.kv_dtype, head)).collect()
+                };
+                for (token, (k, v)) in k.rows().zip(v.rows()).enumerate() {
+                    kv.write(*layer as usize, token, &rounded(k, shape.k_dim), &rounded(v, shape.v_dim));
+                }
                 q.map((heads * shape.v_dim) as usize, |token, q, y| {
                     let position = span.positions[token];
                     let first = match self.graph.kv_groups[shape.group as usize].kind {
@@ -352,6 +353,7 @@ impl KvStore for WholeSequence {
 
 #[cfg(test)]
 mod tests {
+    use setu_core::DType;
     use setu_core::graph::{GraphBuilder, KvLayer, RopeTable, Shard};
 
     use super::*;
@@ -372,7 +374,7 @@ mod tests {
         let graph = g.finish().unwrap();
         let bytes = blocks::encode(DType::F32, &[1.0, 0.0, 0.0, 2.0]);
         let weights = [WeightData { dtype: DType::F32, parts: vec![&bytes] }];
-        let model = ReferenceModel::new(&graph, &weights, DType::F32).unwrap();
+        let model = ReferenceModel::new(&graph, &weights, KvDType::F32).unwrap();
         let logits = model.logits(&[0, 1]).unwrap();
         // Turned by a quarter, (0, 2) becomes (-2, 0): scores -1 and 2.
         let share = 1.0 / (1.0 + 3f64.exp());

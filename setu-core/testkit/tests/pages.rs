@@ -1,8 +1,8 @@
 //! What the plain backend says to an engine that mishandles pages.
 
-use setu_core::DType;
 use setu_core::backend::{Backend, Carry, CompileOptions, Executable, PageCopy, Want};
 use setu_core::graph::{Graph, GraphBuilder, KvGroupKind, KvLayer, Shard};
+use setu_core::{DType, KvDType};
 use setu_testkit::plain::PlainBackend;
 use setu_testkit::steps::{Outputs, PageTableData, SlotData, StepData};
 use setu_testkit::weights::WeightSet;
@@ -26,7 +26,7 @@ fn executable() -> Box<dyn Executable> {
     let weights = WeightSet::random(&graph, DType::F32, 1);
     let mut options = CompileOptions::new(32, 4, 64);
     options.page_tokens = 4;
-    options.kv_dtype = DType::F32;
+    options.kv_dtype = KvDType::F32;
     options.kv_pages = vec![16];
     PlainBackend::default().compile(&graph, &weights.data(), &options).unwrap()
 }

@@ -14,9 +14,9 @@ use setu_core::graph::{ActivationKind, Graph, GraphBuilder, KvGroupKind, KvLayer
 use setu_core::ids::SessionId;
 use setu_core::sampling::{SamplingParams, SlotState, log_sum_exp, top_logprobs};
 use setu_core::scheduler::Scheduler;
-use setu_core::{DType, Error, Result};
+use setu_core::{DType, Error, KvDType, Result};
 use setu_engine::clock::Clock;
-use setu_engine::config::{EngineConfig, KvConfig, KvDType};
+use setu_engine::config::{EngineConfig, KvConfig};
 use setu_engine::core::{Core, Parts, Settings, Turn};
 use setu_engine::request::Arrival;
 use setu_engine::{Constraint, Event, FinishReason, Finished, Guarded, Request, TokenLogprob};
@@ -51,7 +51,7 @@ pub fn windowed() -> Arc<Model> {
 fn model(layers: &[KvGroupKind]) -> Arc<Model> {
     let graph = graph(layers).unwrap();
     let weights = WeightSet::random(&graph, DType::F32, 5);
-    let reference = ReferenceModel::new(&graph, &weights.data(), DType::F32).unwrap();
+    let reference = ReferenceModel::new(&graph, &weights.data(), KvDType::F32).unwrap();
     Arc::new(Model { graph, weights, reference })
 }
 
@@ -348,7 +348,7 @@ impl Setup {
     pub fn compile(&self, model: &Model) -> Box<dyn Executable> {
         let mut options = CompileOptions::new(512, self.max_sessions, MAX_LEN);
         options.page_tokens = self.page_tokens;
-        options.kv_dtype = DType::F32;
+        options.kv_dtype = KvDType::F32;
         options.kv_pages = self.pages[..model.graph.kv_groups.len()].to_vec();
         PlainBackend::default().compile(&model.graph, &model.weights.data(), &options).unwrap()
     }

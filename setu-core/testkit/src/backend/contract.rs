@@ -3,7 +3,7 @@
 use setu_core::backend::{Carry, PageCopy, Want};
 use setu_core::graph::{GraphBuilder, Op, Shard};
 use setu_core::ids::Ticket;
-use setu_core::{Backend, DType, ErrorKind};
+use setu_core::{Backend, DType, ErrorKind, KvDType};
 
 use super::graphs::{self, MAX_LEN, SMALL};
 use super::rig::{NO_SLOT, Rig, Sequence, compare, options, reference};
@@ -57,7 +57,7 @@ fn kv_memory(backend: &mut dyn Backend, _: &Options) -> Checked {
         .iter()
         .zip(0..)
         .map(|(&pages, group)| {
-            u64::from(pages) * u64::from(options.page_tokens) * graph.kv_token_bytes(group, 4) as u64
+            u64::from(pages) * u64::from(options.page_tokens) * graph.kv_token_bytes(group, KvDType::F32) as u64
         })
         .sum();
     ensure!(needed <= options.kv_bytes, "{needed} bytes of KV are more than the {} allowed", options.kv_bytes);
@@ -75,7 +75,7 @@ fn plain_step(rig: &mut Rig<'_>, sequence: &mut Sequence, count: usize) -> StepD
 fn in_flight(backend: &mut dyn Backend, checks: &Options) -> Checked {
     let graph = graphs::llama(SMALL, true)?;
     let weights = WeightSet::random(&graph, DType::F32, 3);
-    let reference = reference(&graph, &weights, DType::F32)?;
+    let reference = reference(&graph, &weights, KvDType::F32)?;
     let mut rig = Rig::new(backend, &graph, &weights, options())?;
     let most = rig.info.max_in_flight as usize;
     let mut sequence = rig.random_sequence(64);
@@ -171,7 +171,7 @@ const MISTAKES: [Mistake; 35] = [
 fn refused(backend: &mut dyn Backend, checks: &Options) -> Checked {
     let graph = graphs::llama(SMALL, true)?;
     let weights = WeightSet::random(&graph, DType::F32, 4);
-    let reference = reference(&graph, &weights, DType::F32)?;
+    let reference = reference(&graph, &weights, KvDType::F32)?;
     let mut rig = Rig::new(backend, &graph, &weights, options())?;
     let mut first = rig.random_sequence(20);
     first.slot = 0;

@@ -2,7 +2,7 @@
 
 use setu_core::backend::{PageCopy, Want};
 use setu_core::graph::{Graph, Op, WeightId};
-use setu_core::{Backend, DType, Result};
+use setu_core::{Backend, DType, KvDType, Result};
 
 use super::graphs::{self, BLOCKS, SMALL};
 use super::rig::{Rig, Sequence, compare, compare_settled, options, reference};
@@ -43,7 +43,7 @@ pub fn check(suite: &mut Suite<'_>) {
 
 fn ragged(backend: &mut dyn Backend, checks: &Options, graph: &Graph) -> Checked {
     let weights = WeightSet::random(graph, DType::F32, 21);
-    let reference = reference(graph, &weights, DType::F32)?;
+    let reference = reference(graph, &weights, KvDType::F32)?;
     let mut rig = Rig::new(backend, graph, &weights, options())?;
     // Twice, so that the second round finds pages that others have left something in.
     for lengths in [[1, 16, 17, 40, 64], [33, 2, 48, 15, 31]] {
@@ -60,7 +60,7 @@ fn ragged(backend: &mut dyn Backend, checks: &Options, graph: &Graph) -> Checked
 
 fn quantized(backend: &mut dyn Backend, checks: &Options, graph: &Graph, dtype: DType) -> Checked {
     let weights = WeightSet::random(graph, dtype, 22);
-    let reference = reference(graph, &weights, DType::F32)?;
+    let reference = reference(graph, &weights, KvDType::F32)?;
     let mut rig = Rig::new(backend, graph, &weights, options())?;
     let mut sequences = [rig.random_sequence(19), rig.random_sequence(7)];
     let found = rig.mixed(&mut sequences, 9)?;
@@ -74,7 +74,7 @@ fn quantized(backend: &mut dyn Backend, checks: &Options, graph: &Graph, dtype: 
 /// A sequence forks in the middle of a page, and both branches go on.
 fn copies(backend: &mut dyn Backend, checks: &Options, graph: &Graph) -> Checked {
     let weights = WeightSet::random(graph, DType::F32, 23);
-    let reference = reference(graph, &weights, DType::F32)?;
+    let reference = reference(graph, &weights, KvDType::F32)?;
     let mut rig = Rig::new(backend, graph, &weights, options())?;
     let prompt = rig.rng.tokens(21, graph.vocab_size);
     let mut first = rig.sequence(prompt.clone());

@@ -1,11 +1,12 @@
 //! Every op alone.
 
 use setu_core::graph::{ActivationKind, Graph, KvGroupKind, KvLayer, MaskKind, Op, RopeStyle, Scoring};
-use setu_core::{Backend, DType, Result};
+use setu_core::{Backend, DType, KvDType, Result};
 
 use super::graphs::{behind_identity, direct, rope_table, weights_of};
 use super::rig::{Rig, compare, options, reference};
 use super::{Checked, Options, Suite};
+use crate::report::Stop;
 
 const ACTIVATIONS: [ActivationKind; 6] = [
     ActivationKind::Silu,
@@ -98,10 +99,13 @@ pub fn check(suite: &mut Suite<'_>) {
             Ok(())
         });
     }
-    for kv_dtype in [DType::F32, DType::F16, DType::BF16] {
+    for kv_dtype in [KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::F8E4M3] {
         for page_tokens in [16, 8] {
             suite.numeric(format!("ops/attention/{kv_dtype} in pages of {page_tokens}"), |backend, options| {
-                attention(backend, options, kv_dtype, page_tokens)
+                attention(backend, options, kv_dtype, page_tokens).map_err(|stop| match stop {
+                    Stop::Unsupported(why) if kv_dtype == KvDType::F8E4M3 => Stop::NotTested(why),
+                    stop => stop,
+                })
             });
         }
     }
@@ -212,7 +216,7 @@ fn elementwise(backend: &mut dyn Backend, options: &Options, op: impl Fn(u32) ->
     Ok(())
 }
 
-fn attention(backend: &mut dyn Backend, checks: &Options, kv_dtype: DType, page_tokens: u32) -> Checked {
+fn attention(backend: &mut dyn Backend, checks: &Options, kv_dtype: KvDType, page_tokens: u32) -> Checked {
     struct Case {
         heads: u32,
         kv_heads: u32,
@@ -250,8 +254,8 @@ fn attention(backend: &mut dyn Backend, checks: &Options, kv_dtype: DType, page_
         options.page_tokens = page_tokens;
         // The reference rounds K and V alike; what is left is a last bit here and there.
         let tolerance = match kv_dtype {
-            DType::F16 => 2e-3,
-            DType::BF16 => 1.5e-2,
+            KvDType::F16 => 2e-3,
+            KvDType::BF16 | KvDType::F8E4M3 => 1.5e-2,
             _ => checks.f32_tolerance,
         };
         run_with(backend, &graph, DType::F32, tolerance, 0.1, options)?;

@@ -3,7 +3,7 @@
 use setu_core::backend::{Carry, CompileOptions, Executable, ExecutableInfo, Want};
 use setu_core::graph::{Graph, KvGroupKind};
 use setu_core::ids::Ticket;
-use setu_core::{Backend, DType};
+use setu_core::{Backend, KvDType};
 
 use super::{Checked, ensure};
 use crate::reference::{Matrix, ReferenceModel};
@@ -39,7 +39,7 @@ pub struct Sequence {
 /// Small steps of small sequences, K and V in F32.
 pub fn options() -> CompileOptions {
     let mut options = CompileOptions::new(64, 8, 128);
-    options.kv_dtype = DType::F32;
+    options.kv_dtype = KvDType::F32;
     options
 }
 
@@ -220,7 +220,7 @@ impl<'a> Rig<'a> {
 }
 
 /// The reference for a graph with these weights.
-pub fn reference(graph: &Graph, weights: &WeightSet, kv_dtype: DType) -> Checked<ReferenceModel> {
+pub fn reference(graph: &Graph, weights: &WeightSet, kv_dtype: KvDType) -> Checked<ReferenceModel> {
     Ok(ReferenceModel::new(graph, &weights.data(), kv_dtype)?)
 }
 

@@ -6,7 +6,7 @@
 use setu_core::backend::{Masks, NO_TOKEN, Want};
 use setu_core::graph::Graph;
 use setu_core::sampling::{SamplingParams, SlotState, argmax, log_sum_exp, top_logprobs};
-use setu_core::{Backend, DType, Ticket};
+use setu_core::{Backend, DType, KvDType, Ticket};
 
 use super::graphs::{self, SMALL};
 use super::rig::{Rig, Sequence, compare, options, reference};
@@ -74,7 +74,7 @@ fn is_close(found: f32, expected: f64) -> bool {
 
 fn logprobs(backend: &mut dyn Backend, checks: &Options) -> Checked {
     let (graph, weights) = model()?;
-    let reference = reference(&graph, &weights, DType::F32)?;
+    let reference = reference(&graph, &weights, KvDType::F32)?;
     let mut rig = Rig::new(backend, &graph, &weights, options())?;
     let mut step = rig.step();
     let mut sequences = [rig.random_sequence(17), rig.random_sequence(1), rig.random_sequence(30)];

@@ -56,9 +56,8 @@ impl Backend for PlainBackend {
         if options.page_tokens == 0 || options.max_tokens == 0 || options.max_rows == 0 {
             return Err(Error::contract("page_tokens, max_tokens and max_rows must be over 0"));
         }
-        let element_bytes = options.kv_dtype.block_bytes();
         let page_bytes: Vec<u64> = (0..graph.kv_groups.len() as u32)
-            .map(|group| u64::from(options.page_tokens) * graph.kv_token_bytes(group, element_bytes) as u64)
+            .map(|group| u64::from(options.page_tokens) * graph.kv_token_bytes(group, options.kv_dtype) as u64)
             .collect();
         let kv_pages = if options.kv_pages.is_empty() {
             let pages = options.max_model_len.div_ceil(options.page_tokens).saturating_mul(options.max_rows).min(4096);

@@ -1,6 +1,6 @@
 //! What a token of each measurement costs, to hold its rate against what the machine can do.
 
-use setu_core::DType;
+use setu_core::KvDType;
 use setu_core::graph::Work;
 
 use super::plan::{BATCH_ANSWER, BATCH_PROMPT, Item, SERVE_ANSWER, SERVE_PROMPT};
@@ -15,7 +15,7 @@ pub struct Cost {
 
 impl Cost {
     /// Contexts count with their mean.
-    pub fn of(item: Item, work: &Work, kv_dtype: DType) -> Cost {
+    pub fn of(item: Item, work: &Work, kv_dtype: KvDType) -> Cost {
         let decode = |rows: u32, prompt: u32, answer: u32| {
             let (rows, context) = (f64::from(rows), f64::from(prompt) + f64::from(answer) / 2.0);
             let bytes = Some(work.decode_bytes(rows, context, kv_dtype) / rows);

@@ -39,7 +39,7 @@ pub fn main(matches: &ArgMatches, setup: &Setup, settings: Settings) -> Result<(
     let work = Work::of(&graph, &dtypes);
     let formats = formats(&graph, &dtypes);
     let (engine, kv): (EngineConfig, KvConfig) = (section(&settings, "engine")?, section(&settings, "kv")?);
-    let kv_dtype = kv.dtype.dtype();
+    let kv_dtype = kv.dtype;
 
     let machine = Machine::of(setup, &settings)?;
     let bytes = (work.weight_bytes + work.expert_bytes) as usize;

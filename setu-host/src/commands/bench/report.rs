@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
-use setu_core::DType;
+use setu_core::KvDType;
 use setu_core::backend::DeviceInfo;
 
 use super::cost::Cost;
@@ -20,7 +20,7 @@ pub struct Report {
     pub device: Option<DeviceInfo>,
     /// Bytes of the checkpoint's weights in each format.
     pub formats: BTreeMap<&'static str, u64>,
-    pub kv_dtype: DType,
+    pub kv_dtype: KvDType,
     pub components: Vec<ComponentInUse>,
     pub rounds: u32,
     pub ceilings: Option<Ceilings>,

@@ -10,7 +10,7 @@ mod sixteen;
 use std::ops::Range;
 
 use half::{bf16, f16};
-use setu_core::{DType, Result};
+use setu_core::{KvDType, Result};
 
 pub use self::kernel::Scratch as KernelScratch;
 use self::kernel::{Context, Queries, Running, SPLIT_GROUPS};
@@ -155,8 +155,8 @@ impl Attention {
         // SAFETY: as the caller vouches; the pages' element type is the one asked for.
         unsafe {
             match io.pages.dtype {
-                DType::F32 => self.run_as::<f32>(io, worker, scratch),
-                DType::BF16 => self.run_as::<bf16>(io, worker, scratch),
+                KvDType::F32 => self.run_as::<f32>(io, worker, scratch),
+                KvDType::BF16 => self.run_as::<bf16>(io, worker, scratch),
                 _ => self.run_as::<f16>(io, worker, scratch),
             }
         }

@@ -10,6 +10,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::graph::Graph;
 use crate::ids::Ticket;
+use crate::kv_dtype::KvDType;
 use crate::rows::{Column, ColumnMut, Row, Rows};
 
 /// Devices of one kind.
@@ -88,8 +89,8 @@ pub struct CompileOptions {
     pub max_model_len: u32,
     /// Tokens a KV page holds.
     pub page_tokens: u32,
-    /// Format of K and V: F32, F16 or BF16.
-    pub kv_dtype: DType,
+    /// Format of K and V.
+    pub kv_dtype: KvDType,
     /// Pages of each KV group; empty leaves it to the backend, within `kv_bytes`.
     pub kv_pages: Vec<u32>,
     /// Most bytes for KV pages; 0 leaves it to the backend.
@@ -105,7 +106,7 @@ impl CompileOptions {
             max_slots: max_rows,
             max_model_len,
             page_tokens: 16,
-            kv_dtype: DType::F16,
+            kv_dtype: KvDType::F16,
             kv_pages: Vec::new(),
             kv_bytes: 0,
         }
