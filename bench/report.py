@@ -20,7 +20,8 @@ def measured(rows):
 
 
 def title(model):
-    return f"{model['model']}, {model['weights']}"
+    kv = model.get("kv", "BF16")
+    return f"{model['model']}, {model['weights']}" + (f", K and V in {kv}" if kv != "BF16" else "")
 
 
 def page(report, name):
@@ -49,7 +50,7 @@ def page(report, name):
         if "error" in figures:
             lines += [f"Not measured: {figures['error']}", ""]
             continue
-        peer = peers.get(model["model"], {}) if model["weights"] == "BF16" else {}
+        peer = peers.get(model["model"], {}) if title(model) == f"{model['model']}, BF16" else {}
         decode = {(row["batch"], row["context"]): row["tokens_per_s"] for row in peer.get("decode", [])}
         prefill = {row["tokens"]: row["tokens_per_s"] for row in peer.get("prefill", [])}
         over = lambda own, other: f"{own / other:.2f} ×" if other else "–"

@@ -32,7 +32,7 @@ step() { printf '\n== %s\n' "$*"; }
 build() {
   step "build ($profile)"
   # As the whole workspace has them, so that what is built already isn't built again with other features.
-  local tests=(--test dense --test in_flight --test long_context --test conformance --test parity --bench gpu)
+  local tests=(--test dense --test in_flight --test long_context --test repeated_weights --test conformance --test parity --bench gpu)
   {
     cargo build --workspace --bin setu --profile "$profile" --message-format=json-render-diagnostics &&
       cargo test --workspace --profile "$profile" --no-run "${tests[@]}" --message-format=json-render-diagnostics
@@ -41,7 +41,7 @@ build() {
 import json, shutil, subprocess, sys
 folder = sys.argv[1]
 wanted = {"setu": "setu-host", "parity": "/tests", "gpu": "/tests"}
-wanted |= {name: "backend-cuda" for name in ("conformance", "in_flight", "long_context", "dense")}
+wanted |= {name: "backend-cuda" for name in ("conformance", "in_flight", "long_context", "repeated_weights", "dense")}
 for line in open(f"{folder}/build.json"):
     message = json.loads(line) if line.startswith("{") else {}
     name = message.get("target", {}).get("name")
@@ -102,7 +102,7 @@ command -v nvidia-smi >/dev/null && nvidia-smi -L
 
 if wants tests; then
   step "tests on the device, against the plain reference"
-  for name in dense in_flight long_context conformance; do
+  for name in dense in_flight long_context repeated_weights conformance; do
     [[ $mode == emulated && $name == conformance ]] && continue
     run "$name" "$folder/$name"
   done
@@ -127,6 +127,10 @@ fi
 if wants bench; then
   step "speed beside the ceilings"
   run bench "$folder/gpu" "${bench_flags[@]}" "${models[@]}"
+  # Many sessions with long contexts, whose K and V are most of what a step reads.
+  eight_bits=(--kv=F8_E4M3 --formats=BF16 --requests=0)
+  [[ $mode == emulated ]] || eight_bits+=(--contexts=4096 --batches=32,128 --prompts=8192)
+  run bench_eight_bits "$folder/gpu" "${bench_flags[@]}" "${eight_bits[@]}" "${models[-1]}"
 fi
 if wants peer && [[ $mode != emulated ]] && python3 -c 'import torch, transformers' 2>/dev/null; then
   step "transformers with a static cache and compiled, on the same shapes"
@@ -165,6 +169,8 @@ report = {
         for kind in ("cold", "warm")
     },
 }
+if report["bench"]:
+    report["bench"]["models"] += (parsed("bench_eight_bits.out") or {}).get("models", [])
 device = (report["bench"] or {}).get("device") or "unknown device"
 name = "".join(c if c.isalnum() else "-" for c in device.lower()).strip("-")
 place = os.path.join(folder if mode == "emulated" else "bench/results", f"{report['date']}-{name}.json")
@@ -176,7 +182,7 @@ for model in (report["bench"] or {}).get("models", []):
             if "error" in row:
                 continue
             context = f" context {row['context']}" if "context" in row else ""
-            print(f"{model['model']} {model['weights']} {kind} {key} {row[key]}{context}:"
+            print(f"{model['model']} {model['weights']}, K and V {model['kv']}: {kind} {key} {row[key]}{context}:"
                   f" {row['tokens_per_s']:.0f} tokens/s, {100 * row['share_of_floor']:.0f} % of the ceiling")
 PYTHON
 exit $failed

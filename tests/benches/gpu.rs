@@ -92,9 +92,10 @@ impl Plan {
 
     /// Takes in what was given in the command line.
     fn take(&mut self, argument: &str) -> Result<()> {
-        let Some((name, value)) = argument.strip_prefix("--").and_then(|argument| argument.split_once('=')) else {
-            return Ok(());
-        };
+        let Some(flag) = argument.strip_prefix("--").filter(|&flag| flag != "small") else { return Ok(()) };
+        let told = flag.split_once('=');
+        let (name, value) =
+            told.ok_or_else(|| Error::invalid(format!("--{flag}: this flag takes a value, --{flag}=…")))?;
         let unknown = || Error::invalid(format!("--{name}={value}: this can't be measured"));
         let values = value.split(',').filter(|value| !value.is_empty());
         let numbers =

@@ -1,8 +1,8 @@
 //! The component: finds the device and compiles graphs for it.
 
-use setu_core::backend::{Backend, CompileOptions, DeviceInfo, Executable, WeightData};
+use setu_core::backend::{Backend, CompileOptions, DeviceInfo, Executable, StepLimits, WeightData};
 use setu_core::component::Component;
-use setu_core::{Error, Graph, Result};
+use setu_core::{Graph, Result};
 
 use crate::config::{Activations, CpuConfig};
 use crate::executable::CpuExecutable;
@@ -12,7 +12,6 @@ use crate::matmul::{Isa, Precision};
 use crate::plan::{self, Options};
 use crate::pool::Pool;
 use crate::run::{Compiled, Constants};
-use crate::step::Limits;
 use crate::weights::Weights;
 
 /// Runs graphs on the machine's own cores.
@@ -57,25 +56,13 @@ impl Backend for CpuBackend {
         options: &CompileOptions,
     ) -> Result<Box<dyn Executable>> {
         graph.verify()?;
-        if options.max_model_len > graph.max_model_len {
-            let (asked, most) = (options.max_model_len, graph.max_model_len);
-            return Err(Error::config(format!("sessions of {asked} tokens are longer than the graph's {most}")));
-        }
+        options.check(graph)?;
         let mut pool = Pool::new(self.threads)?;
         let mut weights = Weights::new(graph, weights)?;
         let plan = plan::lower(graph, &mut weights, Options { isa: self.isa, precision: self.precision })?;
         let pages = Pages::new(graph, options)?;
         let matrices = weights.pack(&mut pool)?;
-        let limits = Limits {
-            tokens: options.max_tokens as usize,
-            rows: options.max_rows as usize,
-            slots: options.max_slots as usize,
-            model_len: options.max_model_len as usize,
-            vocab: graph.vocab_size as usize,
-            page_tokens: options.page_tokens as usize,
-            groups: pages.groups.iter().map(|group| (group.pages, group.window)).collect(),
-            frequencies: graph.rope_tables.iter().map(|table| table.inv_freq.len()).collect(),
-        };
+        let limits = StepLimits::new(graph, options, &pages.counts());
         let constants = Constants { matrices, tables: weights.tables(), ropes: graph.rope_tables.clone() };
         let compiled = Compiled::new(self.isa, plan, constants, pages, &limits, self.threads)?;
         Ok(Box::new(CpuExecutable::new(compiled, limits, pool)))

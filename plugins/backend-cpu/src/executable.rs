@@ -8,13 +8,13 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepOutputs, Want};
+use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepLimits, StepOutputs, Want};
 use setu_core::{Error, Result, Ticket};
 
 use crate::pool::Pool;
 use crate::run::Compiled;
 use crate::sampler::Outputs;
-use crate::step::{Limits, StepData};
+use crate::step::StepData;
 
 /// Steps that may be open at once.
 const MAX_IN_FLIGHT: usize = 1;
@@ -23,7 +23,7 @@ const MAX_IN_FLIGHT: usize = 1;
 #[derive(Debug)]
 pub struct CpuExecutable {
     compiled: Compiled,
-    limits: Limits,
+    limits: StepLimits,
     pool: Pool,
     /// Steps that were submitted and not waited for, oldest first.
     open: VecDeque<Open>,
@@ -50,10 +50,10 @@ struct Open {
 }
 
 impl CpuExecutable {
-    pub(crate) fn new(compiled: Compiled, limits: Limits, pool: Pool) -> CpuExecutable {
+    pub(crate) fn new(compiled: Compiled, limits: StepLimits, pool: Pool) -> CpuExecutable {
         CpuExecutable {
             compiled,
-            open_slots: vec![false; limits.slots],
+            open_slots: vec![false; limits.slots as usize],
             limits,
             pool,
             open: VecDeque::new(),
@@ -130,7 +130,7 @@ impl Executable for CpuExecutable {
 
     fn provide(&mut self, ticket: Ticket, masks: &Masks<'_>) -> Result<()> {
         let position = self.position(ticket)?;
-        self.open[position].step.provide(masks, self.limits.vocab)
+        self.open[position].step.provide(masks, &self.limits)
     }
 
     fn wait(&mut self, ticket: Ticket, outputs: &mut StepOutputs<'_>) -> Result<()> {
@@ -143,7 +143,7 @@ impl Executable for CpuExecutable {
         if let Some(want) = masked {
             return Err(Error::contract(format!("want {want} waits for a mask that was not provided")));
         }
-        let places = Outputs::new(outputs, step, self.limits.vocab)?;
+        let places = Outputs::new(outputs, step, self.limits.vocab as usize)?;
         let started = Instant::now();
         let body_s = *body_s;
         self.sampled.clear();

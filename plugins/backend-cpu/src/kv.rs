@@ -3,14 +3,15 @@
 //! A page holds its tokens' keys and values of all layers of a group, one layer behind the other, so that a page is
 //! copied at once and a short session touches little memory. Within a layer each head has its keys in groups
 //! of sixteen tokens, dimension by dimension (a vector then holds a dimension of sixteen tokens, and their scores
-//! come out one a lane), and behind all heads' keys their values, token by token.
+//! come out one a lane), behind all heads' keys their values, token by token, and behind those, in formats that have scales,
+//! for each sixteen tokens the scales of the keys and those of the values.
 
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
-use setu_core::backend::CompileOptions;
-use setu_core::graph::KvGroupKind;
+use setu_core::backend::{CompileOptions, sum_of_pages};
 use setu_core::{Error, Graph, KvDType, Result};
 
+use crate::e4m3::E4m3;
 use crate::memory::Region;
 use crate::vector::LANES;
 
@@ -43,26 +44,35 @@ impl Geometry {
 /// An element of a page.
 pub trait Element: Copy + Default + Send + Sync + 'static {
     const DTYPE: KvDType;
-    fn from_f32(values: &[f32], out: &mut [Self]);
+    /// Whether a token's head has a scale, in a byte.
+    const SCALED: bool = false;
+
+    /// The scale of a key's or a value's head.
+    fn scale_of(_head: &[f32]) -> u8 {
+        0
+    }
+
+    /// Elements of a head with this scale.
+    fn from_f32(values: &[f32], scale: u8, out: &mut [Self]);
 }
 
 impl Element for f32 {
     const DTYPE: KvDType = KvDType::F32;
-    fn from_f32(values: &[f32], out: &mut [f32]) {
+    fn from_f32(values: &[f32], _: u8, out: &mut [f32]) {
         out.copy_from_slice(values);
     }
 }
 
 impl Element for f16 {
     const DTYPE: KvDType = KvDType::F16;
-    fn from_f32(values: &[f32], out: &mut [f16]) {
+    fn from_f32(values: &[f32], _: u8, out: &mut [f16]) {
         out.convert_from_f32_slice(values);
     }
 }
 
 impl Element for bf16 {
     const DTYPE: KvDType = KvDType::BF16;
-    fn from_f32(values: &[f32], out: &mut [bf16]) {
+    fn from_f32(values: &[f32], _: u8, out: &mut [bf16]) {
         out.convert_from_f32_slice(values);
     }
 }
@@ -102,8 +112,9 @@ struct Layer {
 }
 
 impl Layer {
-    fn elements(&self) -> usize {
-        self.heads * (self.k_head + self.v_head)
+    fn bytes(&self, dtype: KvDType, geometry: Geometry) -> usize {
+        let scales = 2 * LANES * geometry.page_groups * dtype.scale_bytes();
+        self.heads * ((self.k_head + self.v_head) * dtype.element_bytes() + scales)
     }
 }
 
@@ -119,24 +130,20 @@ pub struct Head {
     /// Elements from one token's values to the next's.
     pub v_stride: usize,
     values_at: usize,
+    scales_at: usize,
 }
 
 impl Pages {
     /// Lays the pages out and reserves them.
     ///
     /// # Errors
-    /// They are more than `kv_bytes` or the system allow; the message has the sum.
+    /// They are more than `kv_bytes` or the system allow, and the message has the sum; or the format isn't known here.
     pub fn new(graph: &Graph, options: &CompileOptions) -> Result<Pages> {
-        let element = match options.kv_dtype {
-            KvDType::F32 | KvDType::F16 | KvDType::BF16 => options.kv_dtype.element_bytes(),
-            other => {
-                return Err(Error::unsupported(format!(
-                    "the CPU backend keeps keys and values in F32, F16 or BF16, not in {other}: set [kv] dtype to one of those"
-                )));
-            }
-        };
-        if options.page_tokens == 0 || options.page_tokens > 1 << 16 {
-            return Err(Error::config(format!("page_tokens must be from 1 to 65536, not {}", options.page_tokens)));
+        if ![f32::DTYPE, f16::DTYPE, bf16::DTYPE, E4m3::DTYPE].contains(&options.kv_dtype) {
+            let dtype = options.kv_dtype;
+            return Err(Error::unsupported(format!(
+                "the CPU backend doesn't keep keys and values in {dtype}: set [kv] dtype"
+            )));
         }
         let geometry = Geometry::new(options.page_tokens as usize);
         let mut page_bytes = vec![0_usize; graph.kv_groups.len()];
@@ -155,30 +162,30 @@ impl Pages {
                 k_head: geometry.page_groups * LANES * k_dim,
                 v_head: geometry.page_tokens * v_stride,
             };
-            page_bytes[group] += layer.elements() * element;
+            page_bytes[group] += layer.bytes(options.kv_dtype, geometry);
             layers.push(layer);
         }
-        let pages = page_counts(graph, options, &page_bytes)?;
+        let bytes: Vec<u64> = page_bytes.iter().map(|&bytes| bytes as u64).collect();
+        // A quarter of what is free, but room for one session of full length if half of it suffices.
+        let available = crate::machine::available_bytes();
+        let session = u64::try_from(sum_of_pages(&options.session_pages(graph), &bytes)).unwrap_or(u64::MAX);
+        let budget = (available / 4).max(session.min(available / 2));
+        let pages = options.page_counts(graph, &bytes, budget, "raise [kv] memory or free memory")?;
         let mut groups = Vec::with_capacity(pages.len());
         for ((kv, &page_bytes), &pages) in graph.kv_groups.iter().zip(&page_bytes).zip(&pages) {
-            let window = match kv.kind {
-                KvGroupKind::Full => None,
-                KvGroupKind::SlidingWindow { tokens } => Some(tokens),
-                other => {
-                    return Err(Error::unsupported(format!(
-                        "the CPU backend doesn't provide KV groups of kind {other:?} (group `{}`)",
-                        kv.name
-                    )));
-                }
-            };
             let bytes = page_bytes.checked_mul(pages as usize);
             let bytes =
                 bytes.ok_or_else(|| Error::exhausted(format!("{pages} pages of {page_bytes} bytes overflow")))?;
             let region = Region::zeroed(bytes, &format!("{pages} KV pages of group `{}`", kv.name))?;
             region.prefer_huge_pages();
-            groups.push(Group { pages, window, page_bytes, region });
+            groups.push(Group { pages, window: kv.kind.window(), page_bytes, region });
         }
         Ok(Pages { geometry, dtype: options.kv_dtype, groups, layers })
+    }
+
+    /// Pages of each group.
+    pub fn counts(&self) -> Vec<u32> {
+        self.groups.iter().map(|group| group.pages).collect()
     }
 
     pub fn byte_len(&self) -> usize {
@@ -196,6 +203,8 @@ impl Pages {
         let group = &self.groups[layer.group];
         let keys = layer.start + head * layer.k_head * size_of::<E>();
         let values = layer.start + (layer.heads * layer.k_head + head * layer.v_head) * size_of::<E>();
+        let all = layer.start + layer.heads * (layer.k_head + layer.v_head) * size_of::<E>();
+        let scales = all + head * 2 * LANES * self.geometry.page_groups;
         Head {
             start: group.region.as_ptr().wrapping_add(keys),
             page_bytes: group.page_bytes,
@@ -205,6 +214,7 @@ impl Pages {
             v_dim: layer.v_dim,
             v_stride: layer.v_stride,
             values_at: values - keys,
+            scales_at: scales - keys,
         }
     }
 
@@ -247,6 +257,17 @@ impl Head {
         page.cast::<E>().wrapping_add(token * self.v_stride)
     }
 
+    /// The scales of group `group` of the page: of sixteen keys, then of their values. For elements that are `SCALED`.
+    ///
+    /// # Panics
+    /// There is no such page or group.
+    #[inline(always)]
+    pub fn scales(&self, page: u32, group: usize) -> *mut u8 {
+        assert!(page < self.pages && group < self.geometry.page_groups, "a page of the group");
+        let page = self.start.wrapping_add(page as usize * self.page_bytes + self.scales_at);
+        page.wrapping_add(group * 2 * LANES)
+    }
+
     /// Stores a token's key and value.
     ///
     /// # Safety
@@ -255,77 +276,22 @@ impl Head {
         assert!(key.len() == self.k_dim && value.len() == self.v_dim, "a key and a value of this head");
         let keys = self.keys::<E>(page, token / LANES).wrapping_add(token % LANES);
         let values = self.values::<E>(page, token);
-        // SAFETY: `keys` and `values` lie in the page, with room for the dimensions; the caller keeps others out.
+        let (key_scale, value_scale) = (E::scale_of(key), E::scale_of(value));
+        // SAFETY: `keys`, `values` and scales lie in the page, with room for the dimensions; the caller keeps others out.
         unsafe {
+            if E::SCALED {
+                let scales = self.scales(page, token / LANES).wrapping_add(token % LANES);
+                scales.write(key_scale);
+                scales.add(LANES).write(value_scale);
+            }
             for (part, key) in key.chunks(LANES).enumerate() {
                 let mut elements = [E::default(); LANES];
-                E::from_f32(key, &mut elements[..key.len()]);
+                E::from_f32(key, key_scale, &mut elements[..key.len()]);
                 for (dim, &element) in elements[..key.len()].iter().enumerate() {
                     keys.add((part * LANES + dim) * LANES).write(element);
                 }
             }
-            E::from_f32(value, std::slice::from_raw_parts_mut(values, value.len()));
+            E::from_f32(value, value_scale, std::slice::from_raw_parts_mut(values, value.len()));
         }
     }
-}
-
-/// How many pages each group gets.
-fn page_counts(graph: &Graph, options: &CompileOptions, page_bytes: &[usize]) -> Result<Vec<u32>> {
-    let names = || graph.kv_groups.iter().map(|group| group.name.as_str()).collect::<Vec<_>>().join(", ");
-    let sum = |pages: &[u32]| -> u128 { pages.iter().zip(page_bytes).map(|(&n, &b)| u128::from(n) * b as u128).sum() };
-    let mib = |bytes: u128| bytes.div_ceil(1 << 20);
-    if !options.kv_pages.is_empty() {
-        if options.kv_pages.len() != page_bytes.len() {
-            let (given, wanted) = (options.kv_pages.len(), page_bytes.len());
-            return Err(Error::config(format!(
-                "kv_pages has {given} entries, the model {wanted} KV groups ({})",
-                names()
-            )));
-        }
-        let needed = sum(&options.kv_pages);
-        if options.kv_bytes > 0 && needed > u128::from(options.kv_bytes) {
-            return Err(Error::exhausted(format!(
-                "{:?} KV pages need {} MiB, kv_bytes allows {} MiB: raise it or lower kv_pages",
-                options.kv_pages,
-                mib(needed),
-                mib(options.kv_bytes.into())
-            )));
-        }
-        return Ok(options.kv_pages.clone());
-    }
-    // What the longest sessions could use, all at once; a window's session also holds a step's tokens.
-    let most: Vec<u32> = graph
-        .kv_groups
-        .iter()
-        .map(|group| {
-            let tokens = match group.kind {
-                KvGroupKind::SlidingWindow { tokens } => {
-                    options.max_model_len.min(tokens.saturating_add(options.max_tokens))
-                }
-                _ => options.max_model_len,
-            };
-            (tokens.div_ceil(options.page_tokens) + 1).saturating_mul(options.max_rows.max(1))
-        })
-        .collect();
-    let one = most.iter().map(|&pages| pages / options.max_rows.max(1)).collect::<Vec<_>>();
-    let available = u128::from(crate::machine::available_bytes());
-    let budget = match options.kv_bytes {
-        // A quarter of what is free, but room for one session of full length if half of it suffices.
-        0 => (available / 4).max(sum(&one).min(available / 2)),
-        bytes => bytes.into(),
-    };
-    let needed = sum(&most);
-    if needed <= budget {
-        return Ok(most);
-    }
-    let pages: Vec<u32> = most.iter().map(|&pages| (u128::from(pages) * budget / needed) as u32).collect();
-    if pages.contains(&0) {
-        return Err(Error::exhausted(format!(
-            "one KV page of each group ({}) needs {} MiB, there are {} MiB for them: raise kv_bytes or free memory",
-            names(),
-            mib(sum(&vec![1; pages.len()])),
-            mib(budget)
-        )));
-    }
-    Ok(pages)
 }

@@ -12,6 +12,7 @@ pub mod config;
 pub mod matmul;
 
 mod backend;
+mod e4m3;
 mod executable;
 mod kv;
 mod machine;

@@ -154,13 +154,16 @@ fn results_depend_on_the_tokens_alone() {
         let weights = WeightSet::random(&graph, DType::F32, 7);
         let mut rng = Rng::new(index as u64);
         let tokens = rng.tokens(1100, VOCAB);
-        let mut expected: Option<Vec<f32>> = None;
-        for threads in [1, 2, 3] {
-            let mut exec = executable(&graph, &weights, shape, threads, KvDType::F16);
-            for way in [(512, 0, 0), (512, 40, 0), (16, 1, 2), (97, 3, 3)] {
-                let found = logits(&mut *exec, shape, &tokens, way, &mut rng);
-                let expected = expected.get_or_insert_with(|| found.clone());
-                assert!(found == *expected, "shape {index}, {threads} threads, chunks, decoded, strangers: {way:?}");
+        for kv_dtype in [KvDType::F16, KvDType::F8E4M3] {
+            let mut expected: Option<Vec<f32>> = None;
+            for threads in [1, 2, 3] {
+                let mut exec = executable(&graph, &weights, shape, threads, kv_dtype);
+                for way in [(512, 0, 0), (512, 40, 0), (16, 1, 2), (97, 3, 3)] {
+                    let found = logits(&mut *exec, shape, &tokens, way, &mut rng);
+                    let expected = expected.get_or_insert_with(|| found.clone());
+                    let how = format!("{kv_dtype}, {threads} threads, chunks, decoded, strangers: {way:?}");
+                    assert!(found == *expected, "shape {index}, {how}");
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The component: finds the device and compiles graphs for it.
 
-use setu_core::backend::{Backend, CompileOptions, DeviceInfo, Executable, WeightData};
+use setu_core::backend::{Backend, CompileOptions, DeviceInfo, Executable, StepLimits, WeightData};
 use setu_core::component::Component;
 use setu_core::{Error, Graph, Result};
 
@@ -63,13 +63,7 @@ impl Backend for CudaBackend {
         options: &CompileOptions,
     ) -> Result<Box<dyn Executable>> {
         graph.verify()?;
-        if options.max_model_len > graph.max_model_len {
-            let (asked, most) = (options.max_model_len, graph.max_model_len);
-            return Err(Error::config(format!("sessions of {asked} tokens are longer than the graph's {most}")));
-        }
-        if options.max_tokens == 0 || options.max_rows == 0 {
-            return Err(Error::config("max_tokens and max_rows must be over 0"));
-        }
+        options.check(graph)?;
         let device = &self.device;
         let mut kernels = Kernels::new(device, &self.config)?;
         let mut weights = Weights::new(device, graph, weights)?;
@@ -102,13 +96,7 @@ impl Backend for CudaBackend {
         })?;
         let plan = unpaged.with_pages(&pages)?;
         let limits = Limits {
-            tokens: options.max_tokens as usize,
-            rows: options.max_rows as usize,
-            slots: options.max_slots as usize,
-            model_len: options.max_model_len as usize,
-            vocab,
-            page_tokens: options.page_tokens as usize,
-            groups: pages.groups.iter().map(|group| (group.pages, group.window)).collect(),
+            step: StepLimits::new(graph, options, &pages.counts()),
             tilings: plan.tilings.clone(),
             part_tokens: PART_TOKENS,
             spread_rows: plan.spread_rows(),

@@ -10,7 +10,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::time::Instant;
 
-use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepOutputs, Want};
+use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepLimits, StepOutputs, Want};
 use setu_core::{Error, ErrorKind, Result, Ticket};
 
 use crate::gpu::{Arguments, Device, Event, Kernel, LaunchGraph, Memory, Module, Shape, Stream};
@@ -188,7 +188,7 @@ impl CudaExecutable {
             stream: if overlap { stream.overlapping()? } else { stream },
             open: VecDeque::new(),
             submitted: 0,
-            open_slots: vec![false; parts.limits.slots],
+            open_slots: vec![false; parts.limits.step.slots as usize],
             last_wants: Vec::new(),
             broken: None,
             parts,
@@ -203,9 +203,10 @@ impl CudaExecutable {
         let Some(most) = limits.bucket_rows else { return Ok(()) };
         let started = Instant::now();
         let largest = StepData::empty(Bucket::of(most, 1, most), limits);
-        let pages = limits.rows * (limits.model_len / limits.page_tokens + 2) * limits.groups.len();
+        let StepLimits { rows, model_len, page_tokens, ref groups, .. } = limits.step;
+        let pages = rows as usize * (model_len / page_tokens + 2) as usize * groups.len();
         let bytes = largest.upload.len() + 4 * pages.min(MOST_PAGES);
-        let results = Results::of(&largest, limits.vocab);
+        let results = Results::of(&largest, limits.vocab());
         for lane in &mut self.lanes {
             lane.fit_bytes(&self.parts.device, bytes, 0, results)?;
         }
@@ -225,7 +226,7 @@ impl CudaExecutable {
         let graph = self.stream.capture(|| {
             self.queue_carries(lane, step)?;
             self.queue_tokens(lane, step)?;
-            let results = Results::of(step, self.parts.limits.vocab);
+            let results = Results::of(step, self.parts.limits.vocab());
             self.queue_wants(lane, step, results, 0..bucket.rows)
         })?;
         self.graphs.insert((lane, bucket), graph);
@@ -303,7 +304,7 @@ impl CudaExecutable {
         let arguments = arguments.address(slots.address()).address(slots.seen_address());
         let shape = Shape::new((step.opened.len(), 1, 1), 256);
         // SAFETY: the arguments are those of `slot_open`; slots and tokens were checked when the step was taken.
-        unsafe { stream.launch(&self.parts.kernels.open, shape, &arguments.int(self.parts.limits.vocab)) }
+        unsafe { stream.launch(&self.parts.kernels.open, shape, &arguments.int(self.parts.limits.vocab())) }
     }
 
     /// Launches a decoding step as the graph of its bucket, which is captured if no step was in it so far.
@@ -362,7 +363,7 @@ impl CudaExecutable {
 
     /// Queues a pass over some of a step's wants.
     fn queue_wants(&self, lane: usize, step: &StepData, results: Results, wants: Range<usize>) -> Result<()> {
-        let (parts, vocab) = (&self.parts, self.parts.limits.vocab);
+        let (parts, vocab) = (&self.parts, self.parts.limits.vocab());
         let pass = self.pass(lane, step, wants.clone());
         parts.plan.wanted.iter().try_for_each(|op| op.launch(&pass))?;
         let (lane, logits) = (&self.lanes[lane], parts.plan.logits);
@@ -391,7 +392,7 @@ impl CudaExecutable {
     fn launch_wants(&mut self, index: usize) -> Result<()> {
         let Pending { step, lane, results, .. } = &self.open[index];
         let (lane, results) = (*lane, *results);
-        let (logits, vocab) = (self.parts.plan.logits, self.parts.limits.vocab);
+        let (logits, vocab) = (self.parts.plan.logits, self.parts.limits.vocab());
         // SAFETY: the lane has room for all masks of the step; this memory isn't pinned, so that the driver has
         // copied it when the call returns.
         unsafe { self.stream.upload(self.lanes[lane].masks.address(), &step.mask_bytes())? };
@@ -463,7 +464,7 @@ impl Executable for CudaExecutable {
             return Err(Error::contract(format!("{LANES} steps are in flight already: wait for one first")));
         }
         let mut data = StepData::read(step, &self.parts.limits, &self.open_slots, &self.last_wants)?;
-        let results = Results::of(&data, self.parts.limits.vocab);
+        let results = Results::of(&data, self.parts.limits.vocab());
         let lane = self.submitted as usize % LANES;
         if self.lanes[lane].fit(&self.parts.device, &data, results)? {
             // They have the old addresses.
@@ -488,7 +489,7 @@ impl Executable for CudaExecutable {
         if self.open[position].stage == Stage::Launched {
             return Err(Error::contract(format!("ticket {} waits for no mask", ticket.0)));
         }
-        self.open[position].step.provide(masks, self.parts.limits.vocab)?;
+        self.open[position].step.provide(masks, &self.parts.limits.step)?;
         self.or_break(CudaExecutable::launch_ready)
     }
 
@@ -499,7 +500,7 @@ impl Executable for CudaExecutable {
         if let Some(want) = self.open[0].step.lacks_mask() {
             return Err(Error::contract(format!("want {want} waits for a mask that was not provided")));
         }
-        check_room(&self.open[0].step, outputs, self.parts.limits.vocab)?;
+        check_room(&self.open[0].step, outputs, self.parts.limits.vocab())?;
         let number = self.open[0].step.number;
         let lane = self.open[0].lane;
         let waited = self.or_break(|executable| {
@@ -509,7 +510,7 @@ impl Executable for CudaExecutable {
         });
         outputs.busy_s = waited.map_err(|error| error.within(format!("step {number}")))?;
         if let Some(Pending { step, results, .. }) = self.open.pop_front() {
-            give(&step, &results, &self.lanes[lane], outputs, self.parts.limits.vocab);
+            give(&step, &results, &self.lanes[lane], outputs, self.parts.limits.vocab());
         }
         Ok(())
     }

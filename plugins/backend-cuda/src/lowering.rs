@@ -2,9 +2,7 @@
 
 use std::collections::HashMap;
 
-use setu_core::graph::{
-    KvGroupKind, KvLayer, MaskKind, Node, Op as GraphOp, RopeStyle, RowSpace, Scoring, ValueId, WeightId,
-};
+use setu_core::graph::{KvLayer, MaskKind, Node, Op as GraphOp, RopeStyle, RowSpace, Scoring, ValueId, WeightId};
 use setu_core::{DType, Error, Graph, KvDType, Result};
 
 use crate::attention::{self, Attention, Decode, Prefill, PrefillTile, Turn};
@@ -385,10 +383,7 @@ impl Lowering<'_, '_> {
             _ => None,
         };
         let kv = self.graph.kv_layers[layer as usize];
-        let window = match self.graph.kv_groups[kv.group as usize].kind {
-            KvGroupKind::SlidingWindow { tokens } => Some(tokens),
-            _ => None,
-        };
+        let window = self.graph.kv_groups[kv.group as usize].kind.window();
         let head_group = (heads / kv.heads) as usize;
         let kernel_unit = kernels::Unit { file: "attention", format: Some(self.kv_dtype.name()) };
         let dense_head = self.dense_head(kv).filter(|_| scale > 0.0);

@@ -5,7 +5,6 @@ use setu_core::rows::Rows;
 use setu_core::{Error, Result};
 
 use crate::gpu::{Device, Memory, Stream};
-use crate::step::{Limits, broken};
 
 /// Bytes of the structs `Slot` and `OpenedSlot` of `kernels/slot.cuh`.
 pub const SLOT_BYTES: usize = 72;
@@ -92,22 +91,13 @@ impl Opened {
 }
 
 /// The slots that a step opens. Of several openings of a slot the last counts.
-///
-/// # Errors
-/// A `Contract` error that names the slot.
-pub fn read_opened(slots: Rows<'_, SlotOpen<'_>>, limits: &Limits) -> Result<Vec<Opened>> {
+pub fn read_opened(slots: Rows<'_, SlotOpen<'_>>, vocab: usize) -> Vec<Opened> {
     let mut opened: Vec<Opened> = Vec::with_capacity(slots.len());
     for slot in slots.iter() {
-        if slot.slot as usize >= limits.slots {
-            return Err(broken(format!("slot {} is opened, there are {}", slot.slot, limits.slots)));
-        }
-        if slot.bias_tokens.len() != slot.bias_values.len() {
-            return Err(broken(format!("slot {} has biases for more or fewer tokens than it names", slot.slot)));
-        }
         opened.retain(|open| open.number != slot.slot);
-        opened.push(Opened::new(slot, limits.vocab));
+        opened.push(Opened::new(slot, vocab));
     }
-    Ok(opened)
+    opened
 }
 
 /// The slots on the device.

@@ -1,28 +1,19 @@
 //! A step as it is kept until it runs: checked against what was compiled, and packed into one upload.
 //!
-//! Everything that kernels index memory with is checked here, once. A step that breaks the contract is refused
-//! before it changes anything.
+//! Everything that kernels index memory with is checked first. A step that breaks the contract is refused before it
+//! changes anything.
 
 use std::ops::Range;
 
-use setu_core::backend::{Masks, PageTables, Step, Want};
-use setu_core::rows::Rows;
-use setu_core::sampling::MAX_LOGPROBS;
-use setu_core::{Error, Result};
+use setu_core::Result;
+use setu_core::backend::{KvGroupLimits, Masks, PageTables, Step, StepLimits, Want};
 
 use crate::sampler::{self, Opened};
 
 /// What steps may be.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    pub tokens: usize,
-    pub rows: usize,
-    pub slots: usize,
-    pub model_len: usize,
-    pub vocab: usize,
-    pub page_tokens: usize,
-    /// Pages and window of each KV group.
-    pub groups: Vec<(u32, Option<u32>)>,
+    pub step: StepLimits,
     /// How the queries of all attention nodes are cut into tiles.
     pub tilings: Vec<Tiling>,
     /// Positions in a part of the context.
@@ -31,6 +22,13 @@ pub struct Limits {
     pub spread_rows: usize,
     /// Most rows of a bucket; none where there are to be no buckets.
     pub bucket_rows: Option<usize>,
+}
+
+impl Limits {
+    /// Entries of the vocabulary.
+    pub fn vocab(&self) -> usize {
+        self.step.vocab as usize
+    }
 }
 
 /// How queries are cut into tiles: those of a row, its tokens × the heads that share a KV head.
@@ -168,21 +166,13 @@ impl StepData {
     /// # Errors
     /// A `Contract` error that names what is wrong with the step.
     pub fn read(step: &Step<'_>, limits: &Limits, open: &[bool], carried: &[bool]) -> Result<StepData> {
-        check_rows(step, limits)?;
-        let (token_ids, carries) = read_tokens(step, limits, carried)?;
-        if step.page_tables.len() != limits.groups.len() {
-            return Err(broken(format!(
-                "{} page tables for {} KV groups",
-                step.page_tables.len(),
-                limits.groups.len()
-            )));
-        }
-        for (group, (table, &limit)) in step.page_tables.iter().zip(&limits.groups).enumerate() {
-            check_table(step, group, table, limits.page_tokens, limit)?;
-        }
-        let copies = read_copies(step, limits)?;
-        let opened = sampler::read_opened(step.opened_slots, limits)?;
-        check_wants(step, step.wants, limits, open, &opened)?;
+        let told = |list: &[bool], index: u32| list.get(index as usize) == Some(&true);
+        limits.step.check(step, |slot| told(open, slot), |want| told(carried, want))?;
+        let carries: Vec<Carried> = step.carries.iter().map(|carry| (carry.token, carry.want)).collect();
+        let mut token_ids = step.tokens.to_vec();
+        carries.iter().for_each(|&(token, _)| token_ids[token as usize] = 0);
+        let copies = step.copies.iter().map(|copy| (copy.group, copy.from, copy.to)).collect();
+        let opened = sampler::read_opened(step.opened_slots, limits.vocab());
 
         let mut data = StepData {
             number: step.number,
@@ -194,7 +184,7 @@ impl StepData {
             copies,
             opened,
             wants: step.wants.iter().copied().collect(),
-            mask_words: limits.vocab.div_ceil(32),
+            mask_words: limits.vocab().div_ceil(32),
             masks: vec![None; step.wants.len()],
             tiles: Vec::new(),
             slots: step.slots.to_vec(),
@@ -227,7 +217,7 @@ impl StepData {
             upload: Vec::new(),
             places: Places::default(),
         };
-        let tables = vec![PageTables::new(&[0], &[], &[]); limits.groups.len()];
+        let tables = vec![PageTables::new(&[0], &[], &[]); limits.step.groups.len()];
         data.pack(&tables, limits, &[], &[]);
         data
     }
@@ -307,8 +297,8 @@ impl StepData {
             ..Places::default()
         };
         let mut pages: Vec<u32> = Vec::new();
-        for (table, &(nobodys, _)) in tables.iter().zip(&limits.groups) {
-            let page_tokens = limits.page_tokens as u32;
+        let page_tokens = limits.step.page_tokens;
+        for (table, &KvGroupLimits { pages: nobodys, .. }) in tables.iter().zip(&limits.step.groups) {
             let cell = |(row, token): (usize, usize)| {
                 let position = position(row, token);
                 let index = table.offsets[row] + position / page_tokens - table.skipped[row];
@@ -386,164 +376,15 @@ impl StepData {
     ///
     /// # Errors
     /// A `Contract` error that names what is wrong with them.
-    pub fn provide(&mut self, masks: &Masks<'_>, vocab: usize) -> Result<()> {
-        let (words, needed) = (masks.words_per_mask as usize, vocab.div_ceil(32));
-        if words < needed || words.checked_mul(masks.wants.len()) != Some(masks.words.len()) {
-            return Err(broken(format!(
-                "{} masks of {words} words in {} words, for a vocabulary of {vocab}",
-                masks.wants.len(),
-                masks.words.len()
-            )));
-        }
-        if let Some(want) =
-            masks.wants.iter().find(|&&want| !self.wants.get(want as usize).is_some_and(|want| want.has(Want::MASKED)))
-        {
-            return Err(broken(format!("want {want} doesn't wait for a mask")));
-        }
-        for (&want, words) in masks.wants.iter().zip(masks.words.chunks_exact(words)) {
+    pub fn provide(&mut self, masks: &Masks<'_>, limits: &StepLimits) -> Result<()> {
+        limits.check_masks(masks, &self.wants)?;
+        let needed = limits.vocab.div_ceil(32) as usize;
+        for (&want, words) in masks.wants.iter().zip(masks.words.chunks_exact(masks.words_per_mask as usize)) {
             self.masks[want as usize] = Some(words[..needed].to_vec());
         }
         Ok(())
     }
 }
 
-pub fn broken(what: String) -> Error {
-    Error::contract(format!("the step is malformed: {what}"))
-}
-
-fn check_rows(step: &Step<'_>, limits: &Limits) -> Result<()> {
-    let (rows, offsets) = (step.rows(), step.row_offsets.as_slice());
-    if rows > limits.rows || step.tokens.len() > limits.tokens {
-        let (tokens, max_rows, max_tokens) = (step.tokens.len(), limits.rows, limits.tokens);
-        return Err(broken(format!(
-            "{rows} rows and {tokens} tokens are over what was compiled for: {max_rows} and {max_tokens}"
-        )));
-    }
-    check_offsets(offsets, rows, step.tokens.len(), "row_offsets")?;
-    if step.slots.len() != rows {
-        return Err(broken(format!("{} slots for {rows} rows", step.slots.len())));
-    }
-    for (row, span) in offsets.windows(2).enumerate() {
-        let end = u64::from(step.positions[row]) + u64::from(span[1] - span[0]);
-        if end > limits.model_len as u64 {
-            let (position, most) = (step.positions[row], limits.model_len);
-            return Err(broken(format!("row {row} goes from position {position} to {end}, over the longest's {most}")));
-        }
-        let slot = step.slots[row];
-        if slot != u32::MAX && slot as usize >= limits.slots {
-            return Err(broken(format!("row {row} has slot {slot}, there are {}", limits.slots)));
-        }
-    }
-    Ok(())
-}
-
 /// A token, and the want of the step before that samples it.
 type Carried = (u32, u32);
-
-/// The token ids, 0 for those that are carried, and the carries.
-fn read_tokens(step: &Step<'_>, limits: &Limits, carried: &[bool]) -> Result<(Vec<u32>, Vec<Carried>)> {
-    let mut token_ids = step.tokens.to_vec();
-    let mut carries = Vec::with_capacity(step.carries.len());
-    for carry in step.carries.iter() {
-        let count = token_ids.len();
-        let Some(token) = token_ids.get_mut(carry.token as usize) else {
-            return Err(broken(format!("a carry for token {} of {count}", carry.token)));
-        };
-        if !carried.get(carry.want as usize).copied().unwrap_or(false) {
-            return Err(broken(format!("a carry from want {}, which the step before doesn't sample", carry.want)));
-        }
-        *token = 0;
-        carries.push((carry.token, carry.want));
-    }
-    match token_ids.iter().position(|&id| id as usize >= limits.vocab) {
-        Some(index) => {
-            let id = token_ids[index];
-            Err(broken(format!("token {index} has the id {id}, the vocabulary {} entries", limits.vocab)))
-        }
-        None => Ok((token_ids, carries)),
-    }
-}
-
-fn check_table(
-    step: &Step<'_>,
-    group: usize,
-    table: &PageTables<'_>,
-    page_tokens: usize,
-    (pages, window): (u32, Option<u32>),
-) -> Result<()> {
-    let rows = step.rows();
-    check_offsets(&table.offsets, rows, table.pages.len(), "page table offsets")?;
-    if table.skipped.len() != rows {
-        return Err(broken(format!("{} counts of skipped pages for {rows} rows", table.skipped.len())));
-    }
-    if let Some(page) = table.pages.iter().find(|&&page| page >= pages) {
-        return Err(broken(format!("page {page} of KV group {group}, which has {pages}")));
-    }
-    for row in 0..rows {
-        let count = (step.row_offsets[row + 1] - step.row_offsets[row]) as usize;
-        let first = step.positions[row] as usize;
-        let skipped = table.skipped[row] as usize;
-        let listed = (table.offsets[row + 1] - table.offsets[row]) as usize;
-        let seen_from = window.map_or(0, |window| (first + 1).saturating_sub(window as usize));
-        let (end, had) = (first + count, skipped + listed);
-        if count > 0 && (skipped > seen_from / page_tokens || had < end.div_ceil(page_tokens)) {
-            return Err(broken(format!(
-                "row {row} reads positions {seen_from} to {end} of KV group {group} and has the pages {skipped} to \
-                 {had} of {page_tokens} tokens"
-            )));
-        }
-    }
-    Ok(())
-}
-
-fn read_copies(step: &Step<'_>, limits: &Limits) -> Result<Vec<(u32, u32, u32)>> {
-    let copy = |copy: &setu_core::backend::PageCopy| {
-        let pages = limits.groups.get(copy.group as usize).map_or(0, |&(pages, _)| pages);
-        if copy.from >= pages || copy.to >= pages {
-            let (group, from, to) = (copy.group, copy.from, copy.to);
-            return Err(broken(format!("no page {from} or {to} to copy in KV group {group} of {pages} pages")));
-        }
-        Ok((copy.group, copy.from, copy.to))
-    };
-    step.copies.iter().map(copy).collect()
-}
-
-fn check_wants(
-    step: &Step<'_>,
-    wants: Rows<'_, Want>,
-    limits: &Limits,
-    open: &[bool],
-    opened: &[Opened],
-) -> Result<()> {
-    for (number, want) in wants.iter().enumerate() {
-        let fail = |what: String| Err(broken(format!("want {number}: {what}")));
-        let row = want.row as usize;
-        if row >= step.rows() || want.index >= step.row_offsets[row + 1] - step.row_offsets[row] {
-            return fail(format!("there is no token {} in row {row}", want.index));
-        }
-        let slot = step.slots[row];
-        let is_open = open.get(slot as usize) == Some(&true) || opened.iter().any(|open| open.number == slot);
-        if want.has(Want::SAMPLE) && !is_open {
-            return fail(format!("row {row} is to be sampled and has no open slot"));
-        }
-        if want.has(Want::MASKED) && !want.has(Want::SAMPLE) {
-            return fail("a mask is announced and nothing sampled".to_owned());
-        }
-        if want.has(Want::SCORE) && want.target as usize >= limits.vocab {
-            return fail(format!("target {} is over the vocabulary's {} entries", want.target, limits.vocab));
-        }
-        if want.top > MAX_LOGPROBS {
-            return fail(format!("{} most likely tokens, at most {MAX_LOGPROBS} can be had", want.top));
-        }
-    }
-    Ok(())
-}
-
-/// Whether `offsets` go from 0 up to `end` in `rows` spans.
-fn check_offsets(offsets: &[u32], rows: usize, end: usize, name: &str) -> Result<()> {
-    let rising = offsets.windows(2).all(|pair| pair[0] <= pair[1]);
-    if offsets.len() != rows + 1 || offsets[0] != 0 || !rising || offsets[rows] as usize != end {
-        return Err(broken(format!("{name} must rise from 0 to {end} in {} entries", rows + 1)));
-    }
-    Ok(())
-}

@@ -2,19 +2,18 @@
 
 use std::collections::VecDeque;
 
-use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepOutputs, Want};
+use setu_core::backend::{Executable, ExecutableInfo, Masks, NO_TOKEN, Step, StepLimits, StepOutputs, Want};
 use setu_core::view::StepWork;
 use setu_core::{Error, Result, Ticket};
 
 use crate::sampler::{Slot, logprob};
-use crate::step::{self, Limits};
 use crate::time::StepTimes;
 
 /// A graph that is never run.
 #[derive(Debug)]
 pub struct SimExecutable {
     info: ExecutableInfo,
-    limits: Limits,
+    limits: StepLimits,
     times: StepTimes,
     slots: Vec<Option<Slot>>,
     /// Steps that were submitted and not waited for, oldest first.
@@ -48,7 +47,7 @@ struct Answer {
 }
 
 impl SimExecutable {
-    pub(crate) fn new(info: ExecutableInfo, limits: Limits, times: StepTimes) -> SimExecutable {
+    pub(crate) fn new(info: ExecutableInfo, limits: StepLimits, times: StepTimes) -> SimExecutable {
         SimExecutable {
             slots: vec![None; limits.slots as usize],
             info,
@@ -88,13 +87,14 @@ impl Executable for SimExecutable {
             let most = self.info.max_in_flight;
             return Err(Error::contract(format!("{most} steps are in flight already: wait for one first")));
         }
-        step::check(step, &self.limits, &self.slots, &self.sampled)?;
+        let is_open = |slot: u32| self.slots.get(slot as usize).is_some_and(Option::is_some);
+        self.limits.check(step, is_open, |want| self.sampled.get(want as usize) == Some(&true))?;
         for open in step.opened_slots.iter() {
             self.slots[open.slot as usize] = Some(Slot::new(open));
         }
         let mut pending = self.spare.pop().unwrap_or_default();
         pending.ticket = Ticket(self.next_ticket);
-        pending.work = step::work(step);
+        pending.work = work(step);
         pending.answers.clear();
         pending.answers.extend(step.wants.iter().map(|want| self.answer(step, want)));
         self.sampled.clear();
@@ -108,14 +108,9 @@ impl Executable for SimExecutable {
         let Some(pending) = self.open.iter_mut().find(|pending| pending.ticket == ticket) else {
             return Err(Error::contract(format!("the ticket {} isn't open", ticket.0)));
         };
-        let (words, vocab) = (masks.words_per_mask as usize, self.limits.vocab);
-        if words < vocab.div_ceil(32) as usize || words.checked_mul(masks.wants.len()) != Some(masks.words.len()) {
-            return Err(Error::contract(format!("a mask of {vocab} tokens takes {} words", vocab.div_ceil(32))));
-        }
-        let waits = |want: u32| pending.answers.get(want as usize).is_some_and(|answer| answer.masked.is_some());
-        if let Some(want) = masks.wants.iter().find(|&&want| !waits(want)) {
-            return Err(Error::contract(format!("want {want} doesn't wait for a mask")));
-        }
+        let wants: Vec<Want> = pending.answers.iter().map(|answer| answer.want).collect();
+        self.limits.check_masks(masks, &wants)?;
+        let words = masks.words_per_mask as usize;
         for (&want, words) in masks.wants.iter().zip(masks.words.chunks_exact(words)) {
             pending.answers[want as usize].mask = Some(words.to_vec());
         }
@@ -134,6 +129,15 @@ impl Executable for SimExecutable {
         self.spare.extend(self.open.pop_front());
         Ok(())
     }
+}
+
+/// The work that a step holds.
+fn work(step: &Step<'_>) -> StepWork {
+    let mut work = StepWork::default();
+    for (row, span) in step.row_offsets.windows(2).enumerate() {
+        work.add_chunk(span[1] - span[0], step.positions[row]);
+    }
+    work
 }
 
 /// Writes the answers of a step: every token is as likely as any other.

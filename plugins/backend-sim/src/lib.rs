@@ -13,7 +13,6 @@ pub mod config;
 mod backend;
 mod executable;
 mod sampler;
-mod step;
 mod time;
 
 pub use backend::SimBackend;

@@ -6,6 +6,12 @@
 //! lives in slots of the backend, and pages that a step in flight uses are not given out again until the
 //! engine has waited for it. Steps take effect in the order of submission.
 
+mod limits;
+mod pages;
+
+pub use limits::{KvGroupLimits, StepLimits};
+pub use pages::sum_of_pages;
+
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::graph::Graph;

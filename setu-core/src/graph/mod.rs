@@ -113,6 +113,16 @@ pub enum KvGroupKind {
     SlidingWindow { tokens: u32 },
 }
 
+impl KvGroupKind {
+    /// Tokens that a query sees, itself included; `None`: all before it.
+    pub fn window(self) -> Option<u32> {
+        match self {
+            KvGroupKind::Full => None,
+            KvGroupKind::SlidingWindow { tokens } => Some(tokens),
+        }
+    }
+}
+
 /// The K/V store of one attention node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -3,7 +3,7 @@
 //! Divided by what a device can do at most they are the least time that a step can take, which is what benches hold
 //! their figures against.
 
-use super::{Graph, KvGroupKind, KvLayer, Op, RowSpace};
+use super::{Graph, KvLayer, Op, RowSpace};
 use crate::dtype::DType;
 use crate::kv_dtype::KvDType;
 
@@ -59,10 +59,7 @@ impl Work {
                 }
                 Op::Attention { layer, heads, .. } => {
                     let kv = graph.kv_layers[*layer as usize];
-                    let window = match graph.kv_groups[kv.group as usize].kind {
-                        KvGroupKind::SlidingWindow { tokens } => f64::from(tokens),
-                        KvGroupKind::Full => f64::INFINITY,
-                    };
+                    let window = graph.kv_groups[kv.group as usize].kind.window().map_or(f64::INFINITY, f64::from);
                     work.attention.push(Attention {
                         operations: 2.0 * f64::from(*heads) * f64::from(kv.k_dim + kv.v_dim),
                         kv,

@@ -5,7 +5,7 @@
 //! ([`crate::plain`]).
 
 use setu_core::backend::WeightData;
-use setu_core::graph::{Graph, KvGroupKind, Op, RopeStyle, Scoring, ValueId, WeightId};
+use setu_core::graph::{Graph, Op, RopeStyle, Scoring, ValueId, WeightId};
 use setu_core::{Error, KvDType, Result};
 
 use crate::blocks;
@@ -233,10 +233,8 @@ impl ReferenceModel {
                 }
                 q.map((heads * shape.v_dim) as usize, |token, q, y| {
                     let position = span.positions[token];
-                    let first = match self.graph.kv_groups[shape.group as usize].kind {
-                        KvGroupKind::SlidingWindow { tokens } => (position + 1).saturating_sub(tokens),
-                        _ => 0,
-                    };
+                    let window = self.graph.kv_groups[shape.group as usize].kind.window();
+                    let first = window.map_or(0, |tokens| (position + 1).saturating_sub(tokens));
                     let seen: Vec<_> = (first..=position).map(|at| kv.read(*layer as usize, token, at)).collect();
                     let (k_dim, v_dim) = (shape.k_dim as usize, shape.v_dim as usize);
                     for (head, q) in q.chunks_exact(k_dim).enumerate() {
@@ -354,7 +352,7 @@ impl KvStore for WholeSequence {
 #[cfg(test)]
 mod tests {
     use setu_core::DType;
-    use setu_core::graph::{GraphBuilder, KvLayer, RopeTable, Shard};
+    use setu_core::graph::{GraphBuilder, KvGroupKind, KvLayer, RopeTable, Shard};
 
     use super::*;
 

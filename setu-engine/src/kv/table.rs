@@ -1,6 +1,6 @@
 //! Page tables of sessions over the pools of all KV groups.
 
-use setu_core::graph::{Graph, KvGroupKind};
+use setu_core::graph::Graph;
 use setu_core::view::KvGroupView;
 
 use super::{PageKey, PageMap, PagePool};
@@ -36,13 +36,11 @@ struct Group {
 impl KvStore {
     /// Pools of `pages` pages each for the groups of `graph`.
     pub fn new(graph: &Graph, pages: &[u32], page_tokens: u32) -> KvStore {
-        let groups = graph.kv_groups.iter().zip(pages).map(|(group, &pages)| Group {
-            pool: PagePool::new(pages),
-            window: match group.kind {
-                KvGroupKind::SlidingWindow { tokens } => Some(tokens),
-                _ => None,
-            },
-        });
+        let groups = graph
+            .kv_groups
+            .iter()
+            .zip(pages)
+            .map(|(group, &pages)| Group { pool: PagePool::new(pages), window: group.kind.window() });
         KvStore { page_tokens, groups: groups.collect() }
     }
 

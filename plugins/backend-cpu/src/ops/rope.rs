@@ -12,6 +12,8 @@ use crate::vector::{Vectors, vectorized};
 pub struct Rotation {
     /// Index of the table.
     pub table: usize,
+    /// Columns of a token's angles: cosines and sines.
+    pub cols: usize,
     pub style: RopeStyle,
 }
 

@@ -226,7 +226,7 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
             Op::Embed { weight, scale } => RowKind::Embed { table: self.weights.table(*weight), scale: *scale },
             Op::RmsNorm { .. } | Op::LayerNorm { .. } => RowKind::Norm(self.norm(&node.op)?),
             Op::Rope { table, head_dim, style } => {
-                RowKind::Rope { rotation: rotation(*table, *style)?, head_dim: *head_dim as usize }
+                RowKind::Rope { rotation: rotation(self.graph, *table, *style)?, head_dim: *head_dim as usize }
             }
             Op::Slice { start, .. } => RowKind::Slice { start: *start as usize },
             Op::Route { top_k, scoring, renormalize, scale } => {
@@ -468,7 +468,7 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
         for index in self.head_chain(input) {
             let node = self.node(index);
             match node.op {
-                Op::Rope { table, style, .. } => steps.rotation = Some(rotation(table, style)?),
+                Op::Rope { table, style, .. } => steps.rotation = Some(rotation(self.graph, table, style)?),
                 _ => steps.norm = Some(self.norm(&node.op)?),
             }
             value = node.inputs[0];
@@ -509,9 +509,12 @@ impl<'a, 'w, 'd> Lowering<'a, 'w, 'd> {
     }
 }
 
-fn rotation(table: u32, style: RopeStyle) -> Result<Rotation> {
+fn rotation(graph: &Graph, table: u32, style: RopeStyle) -> Result<Rotation> {
+    let table = table as usize;
     match style {
-        RopeStyle::Half | RopeStyle::Interleaved => Ok(Rotation { table: table as usize, style }),
+        RopeStyle::Half | RopeStyle::Interleaved => {
+            Ok(Rotation { table, cols: 2 * graph.rope_tables[table].inv_freq.len(), style })
+        }
         other => Err(Error::unsupported(format!("the CPU backend doesn't provide the rope style {other:?}"))),
     }
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use setu_core::Result;
-use setu_core::backend::Want;
+use setu_core::backend::{StepLimits, Want};
 use setu_core::graph::{RopeTable, RowSpace};
 use setu_core::sampling::SlotState;
 
@@ -25,7 +25,7 @@ use crate::ops::{elementwise, rope};
 use crate::plan::{AttentionPhase, Bundle, Element, ElementKind, Matmul, Operand, Phase, Plan, RowKind, RowOp};
 use crate::pool::{self, Worker};
 use crate::sampler::{self, Outputs};
-use crate::step::{Limits, StepData};
+use crate::step::StepData;
 use crate::vector::{self, Vectors};
 use crate::weights::Table;
 
@@ -110,13 +110,14 @@ impl Compiled {
         plan: Plan,
         constants: Constants,
         pages: Pages,
-        limits: &Limits,
+        limits: &StepLimits,
         threads: usize,
     ) -> Result<Compiled> {
         let Constants { matrices, tables, ropes } = constants;
-        let tail_rows = TAIL_ROWS.min(limits.tokens.max(1));
+        let tokens = limits.tokens as usize;
+        let tail_rows = TAIL_ROWS.min(tokens);
         let buffer = |spec: &crate::plan::BufferSpec| {
-            let rows = if spec.space == RowSpace::Tokens { limits.tokens } else { tail_rows };
+            let rows = if spec.space == RowSpace::Tokens { tokens } else { tail_rows };
             Matrix::zeroed(rows, spec.cols, "activations")
         };
         let inputs_for = |tokens: usize| -> Result<Vec<Activations>> {
@@ -143,15 +144,15 @@ impl Compiled {
             buffers: plan.buffers.iter().map(buffer).collect::<Result<_>>()?,
             angles: ropes
                 .iter()
-                .map(|rope| Matrix::zeroed(limits.tokens, 2 * rope.inv_freq.len(), "rope angles"))
+                .map(|rope| Matrix::zeroed(tokens, 2 * rope.inv_freq.len(), "rope angles"))
                 .collect::<Result<_>>()?,
-            inputs: inputs_for(limits.tokens)?,
-            experts: ExpertSpace::new(&plan, limits.tokens)?,
+            inputs: inputs_for(tokens)?,
+            experts: ExpertSpace::new(&plan, tokens)?,
             tilings: plan.tilings.iter().map(tiling).collect(),
             partials: Matrix::zeroed(0, 0, "attention")?,
             partial_cols: partial_cols.max().unwrap_or(0),
             tail_rows,
-            vocab: limits.vocab,
+            vocab: limits.vocab as usize,
             threads: (0..threads).map(|_| thread()).collect::<Result<_>>()?,
             slots: (0..limits.slots).map(|_| Mutex::default()).collect(),
             plan,
@@ -331,7 +332,7 @@ impl Compiled {
                 out.copy_from_slice(input(0..out.len()));
                 let token = rows.tokens.map_or(row, |tokens| tokens[row] as usize);
                 // SAFETY: angles are only read since the first phase.
-                let angles = unsafe { self.angles[rotation.table].row(token, 0..step.angle_cols(rotation.table)) };
+                let angles = unsafe { self.angles[rotation.table].row(token, 0..rotation.cols) };
                 for head in out.chunks_exact_mut(*head_dim) {
                     rope::rotate(vectors, rotation.style, head, angles);
                 }

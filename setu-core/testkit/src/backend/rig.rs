@@ -1,7 +1,7 @@
 //! Drives an executable the way an engine does: sequences, pages from a shuffled pool, ragged steps.
 
 use setu_core::backend::{Carry, CompileOptions, Executable, ExecutableInfo, Want};
-use setu_core::graph::{Graph, KvGroupKind};
+use setu_core::graph::Graph;
 use setu_core::ids::Ticket;
 use setu_core::{Backend, KvDType};
 
@@ -132,7 +132,7 @@ impl<'a> Rig<'a> {
                 sequence.pages[group].1.push(page);
             }
             // Pages that the window has passed are given back, and others get them.
-            if let KvGroupKind::SlidingWindow { tokens } = self.graph.kv_groups[group].kind {
+            if let Some(tokens) = self.graph.kv_groups[group].kind.window() {
                 let (skipped, pages) = &mut sequence.pages[group];
                 let passed = (first + 1).saturating_sub(tokens as usize) / page_tokens;
                 let gone = pages.drain(..passed.saturating_sub(*skipped as usize));

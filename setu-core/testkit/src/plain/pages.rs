@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use setu_core::backend::PageCopy;
-use setu_core::graph::{Graph, KvGroupKind};
+use setu_core::graph::Graph;
 use setu_core::{Error, Result};
 
 use crate::reference::KvStore;
@@ -61,10 +61,7 @@ impl Pages {
             counts[group] += 1;
         }
         let groups = graph.kv_groups.iter().zip(kv_pages).zip(counts).map(|((group, &pages), layers)| Group {
-            window: match group.kind {
-                KvGroupKind::SlidingWindow { tokens } => Some(tokens),
-                _ => None,
-            },
+            window: group.kind.window(),
             cells: vec![
                 Cell { written: None, data: vec![Default::default(); layers] };
                 pages as usize * page_tokens as usize

@@ -1,7 +1,7 @@
 //! What every step must obey, checked before it is taken.
 
 use setu_core::backend::{CompileOptions, ExecutableInfo, Want};
-use setu_core::graph::{Graph, KvGroupKind};
+use setu_core::graph::Graph;
 use setu_core::{Error, Result};
 
 use crate::steps::{PageTableData, StepData};
@@ -39,10 +39,7 @@ pub fn check(step: &StepData, graph: &Graph, options: &CompileOptions, info: &Ex
     let (tables, groups) = (step.page_tables.len(), graph.kv_groups.len());
     ensure!(tables == groups, "{tables} page tables for {groups} KV groups");
     for (group, table) in step.page_tables.iter().enumerate() {
-        let window = match graph.kv_groups[group].kind {
-            KvGroupKind::SlidingWindow { tokens } => Some(tokens),
-            _ => None,
-        };
+        let window = graph.kv_groups[group].kind.window();
         check_table(step, table, window, options.page_tokens, info.kv_pages[group])
             .map_err(|error| error.within(format!("page table {group}")))?;
     }

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::sixteen::{Load, Sixteen};
+use crate::e4m3;
 use crate::kv::{Element, Head};
 use crate::memory::{self, LINE_BYTES};
 use crate::vector::{self, LANES, Level, Vectors};
@@ -150,6 +151,8 @@ unsafe fn avx512<E: Element + Load>(queries: Queries, context: Context<'_>, spli
 struct Place<E> {
     keys: [*const E; GROUPS],
     values: [*const E; GROUPS],
+    /// Of elements that are `SCALED`.
+    scales: [*const u8; GROUPS],
     positions: [Range<usize>; GROUPS],
 }
 
@@ -196,8 +199,12 @@ unsafe fn go<S: Sixteen, E: Element + Load>(
     let groups = groups.start.max(split * SPLIT_GROUPS)..groups.end.min((split + 1) * SPLIT_GROUPS);
     let zeros = scratch.zeros.as_ptr().cast::<E>();
     let place = |block: usize| {
-        let mut place =
-            Place { keys: [zeros; GROUPS], values: [zeros; GROUPS], positions: std::array::from_fn(|_| 0..0) };
+        let mut place = Place {
+            keys: [zeros; GROUPS],
+            values: [zeros; GROUPS],
+            scales: [zeros.cast(); GROUPS],
+            positions: std::array::from_fn(|_| 0..0),
+        };
         for i in 0..GROUPS {
             let group = block * GROUPS + i;
             if groups.contains(&group) {
@@ -205,6 +212,9 @@ unsafe fn go<S: Sixteen, E: Element + Load>(
                 let in_page = group % geometry.page_groups;
                 place.keys[i] = context.head.keys::<E>(page, in_page);
                 place.values[i] = context.head.values::<E>(page, in_page * LANES);
+                if E::SCALED {
+                    place.scales[i] = context.head.scales(page, in_page);
+                }
                 place.positions[i] = geometry.positions(group);
             }
         }
@@ -248,7 +258,7 @@ fn group(most: usize) -> usize {
 /// # Safety
 /// There are `Q` queries from `first` on; else as for [`go`].
 #[inline(always)]
-unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
+unsafe fn together<S: Sixteen, E: Element + Load, const Q: usize>(
     block: &Place<E>,
     ahead: Option<([*const E; GROUPS], [*const E; GROUPS])>,
     queries: Queries,
@@ -264,6 +274,9 @@ unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
         let rows = scratch.rows[first * k_dim..].as_ptr();
         scores::<S, E, Q>(rows, k_dim, seen, block.keys, ahead.map(|ahead| ahead.0), &mut scratch.scores);
         let scores = &mut scratch.scores[..Q];
+        if E::SCALED {
+            scale(scores, block.scales, 0);
+        }
         let highest = &mut scratch.highest[first..first + Q];
         // By what the sums so far are to be multiplied: e^(highest so far − highest now).
         let mut factors = [0.0; LANES];
@@ -277,10 +290,31 @@ unsafe fn together<S: Sixteen, E: Load, const Q: usize>(
         for (i, scores) in scores.iter_mut().enumerate() {
             soften::<S>(scores, seen, highest[i], factors[i], &mut scratch.sums[first + i]);
         }
+        if E::SCALED {
+            scale(scores, block.scales, LANES);
+        }
         let out = scratch.values[first * v_stride..].as_mut_ptr();
         weigh::<S, E, Q>(&scratch.scores, seen, block.values, ahead.map(|ahead| ahead.1), v_stride, factors, out);
     }
     Q
+}
+
+/// Multiplies what queries have for the tokens of a block with those's scales from number `first` on: 0 for the keys', sixteen
+/// for the values'.
+///
+/// # Safety
+/// Each of `scales` points to a group's.
+#[inline(always)]
+unsafe fn scale(rows: &mut [[f32; BLOCK]], scales: [*const u8; GROUPS], first: usize) {
+    for (group, scales) in scales.into_iter().enumerate() {
+        // SAFETY: as the caller vouches.
+        let factors = unsafe { scales.add(first).cast::<[u8; LANES]>().read() }.map(e4m3::factor);
+        for row in &mut *rows {
+            for (x, factor) in row[group * LANES..][..LANES].iter_mut().zip(factors) {
+                *x *= factor;
+            }
+        }
+    }
 }
 
 /// The scores of `Q` queries for the tokens of a block, some of which are `seen`. Asks for as much of `ahead` as there

@@ -16,6 +16,7 @@ pub use self::kernel::Scratch as KernelScratch;
 use self::kernel::{Context, Queries, Running, SPLIT_GROUPS};
 use super::norm::Norm;
 use super::rope::{self, Rotation};
+use crate::e4m3::E4m3;
 use crate::kv::{Geometry, Head, Pages};
 use crate::memory::Matrix;
 use crate::pool::Worker;
@@ -157,6 +158,7 @@ impl Attention {
             match io.pages.dtype {
                 KvDType::F32 => self.run_as::<f32>(io, worker, scratch),
                 KvDType::BF16 => self.run_as::<bf16>(io, worker, scratch),
+                KvDType::F8E4M3 => self.run_as::<E4m3>(io, worker, scratch),
                 _ => self.run_as::<f16>(io, worker, scratch),
             }
         }
@@ -355,7 +357,7 @@ impl HeadSteps {
         if let Some(rotation) = self.rotation {
             let angles = &io.angles[rotation.table];
             // SAFETY: angles are written before the first layer and only read from then on.
-            let angles = unsafe { angles.row(token, 0..io.step.angle_cols(rotation.table)) };
+            let angles = unsafe { angles.row(token, 0..rotation.cols) };
             rope::rotate(io.vectors, rotation.style, out, angles);
         }
     }

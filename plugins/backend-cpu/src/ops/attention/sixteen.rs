@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use crate::e4m3::E4m3;
+
 /// Sixteen lanes of f32.
 ///
 /// # Safety
@@ -19,6 +21,8 @@ pub(super) trait Sixteen: Copy {
     unsafe fn load_f32(from: *const f32) -> Self;
     unsafe fn load_f16(from: *const f16) -> Self;
     unsafe fn load_bf16(from: *const bf16) -> Self;
+    /// As halves that are 2^-8 of the numbers.
+    unsafe fn load_e4m3(from: *const E4m3) -> Self;
     unsafe fn mul(a: Self, b: Self) -> Self;
     /// `a × b + c`.
     unsafe fn mul_add(a: Self, b: Self, c: Self) -> Self;
@@ -57,6 +61,14 @@ impl Load for bf16 {
     }
 }
 
+impl Load for E4m3 {
+    #[inline(always)]
+    unsafe fn load<S: Sixteen>(from: *const E4m3) -> S {
+        // SAFETY: as the caller vouches.
+        unsafe { S::load_e4m3(from) }
+    }
+}
+
 /// Plain code.
 #[derive(Clone, Copy)]
 pub(super) struct Portable([f32; 16]);
@@ -90,6 +102,12 @@ impl Sixteen for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_e4m3(from: *const E4m3) -> Portable {
+        // SAFETY: as the caller vouches.
+        Portable(unsafe { from.cast::<[E4m3; 16]>().read_unaligned() }.map(|code| code.small_half().to_f32()))
+    }
+
+    #[inline(always)]
     unsafe fn mul(a: Portable, b: Portable) -> Portable {
         Portable(std::array::from_fn(|i| a.0[i] * b.0[i]))
     }
@@ -116,6 +134,7 @@ mod x86 {
     use half::{bf16, f16};
 
     use super::Sixteen;
+    use crate::e4m3::E4m3;
 
     #[derive(Clone, Copy)]
     pub struct Avx512(__m512);
@@ -129,6 +148,19 @@ mod x86 {
             #[target_feature(enable = $features)]
             unsafe fn $name($($arg: $ty),*) $(-> $ret)? $body
         )*};
+    }
+
+    /// Sixteen codes as halves: see [`E4m3::small_half`].
+    ///
+    /// # Safety
+    /// The pointer is valid for sixteen codes.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn small_halves(from: *const E4m3) -> __m256i {
+        // SAFETY: as the caller vouches.
+        let codes = _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(from.cast()) });
+        let signs = _mm256_slli_epi16::<8>(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)));
+        _mm256_or_si256(signs, _mm256_slli_epi16::<7>(_mm256_and_si256(codes, _mm256_set1_epi16(0x7f))))
     }
 
     impl Sixteen for Avx512 {
@@ -150,6 +182,10 @@ mod x86 {
                 // SAFETY: as the caller vouches.
                 let words = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(from.cast()) });
                 Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)))
+            }
+            fn load_e4m3(from: *const E4m3) -> Avx512 {
+                // SAFETY: as the caller vouches.
+                Avx512(_mm512_cvtph_ps(unsafe { small_halves(from) }))
             }
             fn mul(a: Avx512, b: Avx512) -> Avx512 { Avx512(_mm512_mul_ps(a.0, b.0)) }
             fn mul_add(a: Avx512, b: Avx512, c: Avx512) -> Avx512 { Avx512(_mm512_fmadd_ps(a.0, b.0, c.0)) }
@@ -187,6 +223,12 @@ mod x86 {
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[0])),
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[1])),
                 ])
+            }
+            fn load_e4m3(from: *const E4m3) -> Avx2 {
+                // SAFETY: as the caller vouches.
+                let halves = unsafe { small_halves(from) };
+                let (low, high) = (_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+                Avx2([_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)])
             }
             fn mul(a: Avx2, b: Avx2) -> Avx2 {
                 Avx2([_mm256_mul_ps(a.0[0], b.0[0]), _mm256_mul_ps(a.0[1], b.0[1])])
