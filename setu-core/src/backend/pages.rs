@@ -132,7 +132,7 @@ mod tests {
                 ErrorKind::Exhausted,
                 "[5, 6] KV pages need 1 MiB",
             ),
-            (options(), 300, ErrorKind::Exhausted, "(full, window) needs 1 MiB, there are 0 MiB for them: buy more"),
+            (options(), 200, ErrorKind::Exhausted, "(full, window) needs 1 MiB, there are 0 MiB for them: buy more"),
         ] {
             let error = count(&options, budget).unwrap_err();
             assert!(error.kind() == kind && error.message().contains(part), "{error}");
