@@ -5,6 +5,13 @@ use serde::{Deserialize, Serialize};
 use crate::config::ConfigEnum;
 
 /// Formats of K and V in KV pages.
+///
+/// [`F8E4M3`](KvDType::F8E4M3) is the e4m3 of the OCP 8-bit Floating Point specification, whose largest number is 448. Each head of
+/// a token's key, and of its value, has a scale: the least power of two that brings the largest magnitude of its elements to
+/// at most 448, but at least 2⁻¹²⁰ and at most 2⁷. An element is the code times the scale, which rounds nothing; the code is
+/// the nearest to the element over the scale, the even one of two, and ±448 for what is larger. A head with an element
+/// that is infinite or NaN is all NaN. Scales that are powers of two are from the OCP Microscaling Formats (MX)
+/// specification 1.0, whose blocks are of 32 elements.
 #[derive(ConfigEnum, Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum KvDType {
@@ -16,9 +23,6 @@ pub enum KvDType {
     #[config(name = "bf16")]
     BF16,
     /// 8-bit floats (e4m3), with a scale for each head of a token.
-    // The scale is a power of two, so that multiplying with it rounds nothing: as in the OCP Microscaling Formats (MX)
-    // specification 1.0, with a token's head for a block. It is the least one that brings the head's largest magnitude to
-    // e4m3's 448 at most; it ends at 2⁷, and what is over 57344 then becomes that.
     #[serde(rename = "F8_E4M3")]
     #[config(name = "fp8_e4m3")]
     F8E4M3,

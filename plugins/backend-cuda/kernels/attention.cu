@@ -12,6 +12,7 @@ template <Format TYPE> __device__ __forceinline__ void load_piece(const u8 *piec
     } else if constexpr (TYPE == F8_E4M3) {
         uint4 codes = *reinterpret_cast<const uint4 *>(piece);
         u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
         for (int i = 0; i < 16; i += 2) {
             u32 two = words[i / 4] >> i % 4 * 8;
             u32 elements = elements_of(__byte_perm(two, 0, 0x1404), scale_twice(scale));

@@ -184,7 +184,8 @@ template <int COLUMNS> __device__ __forceinline__ void write_scaled(const Token 
                     codes |= code_of(columns[i], scale) << 8 * i;
                 }
             }
-            u8 *to = token.page + (is_key ? pages.k_at + token.key_at<F8_E4M3>(head, dim) : pages.v_at + token.value_at(head, dim));
+            u64 at = is_key ? pages.k_at + token.key_at<F8_E4M3>(head, dim) : pages.v_at + token.value_at(head, dim);
+            u8 *to = token.page + at;
             if constexpr (COLUMNS == 4) {
                 *reinterpret_cast<u32 *>(to) = codes;
             } else {

@@ -81,10 +81,10 @@ template <Format TYPE, int HEAD> struct Cells {
 
     // In a page, where this KV head's keys and values begin.
     __device__ __forceinline__ u64 keys_at() const {
-        return pages.k_at + static_cast<u64>(kv_head * pages.page_tokens * pages.k_padded) * element_bytes(TYPE);
+        return pages.k_at + static_cast<u64>(kv_head) * pages.page_tokens * pages.k_padded * element_bytes(TYPE);
     }
     __device__ __forceinline__ u64 values_at() const {
-        return pages.v_at + static_cast<u64>(kv_head * pages.page_tokens * pages.v_dim) * element_bytes(TYPE);
+        return pages.v_at + static_cast<u64>(kv_head) * pages.page_tokens * pages.v_dim * element_bytes(TYPE);
     }
 
     // Asks for the keys and values of a step: a line of each for each lane.
@@ -394,7 +394,7 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                     const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
                     const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half,              \
                     float *partials, u32 *arrived) {                                                                   \
-        attend_few<ELEMENT, HEAD>(                                                       \
+        attend_few<ELEMENT, HEAD>(                                                                                     \
             pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
             window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half, partials, arrived);               \
     }

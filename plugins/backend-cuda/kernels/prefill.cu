@@ -56,7 +56,8 @@ template <Format TYPE, int HEAD> struct Context {
 #pragma unroll
         for (int i = 0; i < pieces / k_step; i++) {
             bool exists = seen && piece + i * k_step < k_pieces;
-            copy_async(keys + place_of_piece(row, piece + i * k_step), exists ? from + i * k_step * apart : pages.start, exists);
+            u8 *to = keys + place_of_piece(row, piece + i * k_step);
+            copy_async(to, exists ? from + i * k_step * apart : pages.start, exists);
         }
         row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
         u64 values_at = pages.v_at + (kv_head * pages.page_tokens * v_pieces + piece) * 16;
@@ -274,7 +275,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
                     const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,      \
                     const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
                     const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half) {            \
-        attend_tile<ELEMENT, HEAD>(                                                      \
+        attend_tile<ELEMENT, HEAD>(                                                                                    \
             pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
             window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half);                                  \
     }

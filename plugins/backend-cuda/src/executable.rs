@@ -204,7 +204,7 @@ impl CudaExecutable {
         let started = Instant::now();
         let largest = StepData::empty(Bucket::of(most, 1, most), limits);
         let StepLimits { rows, model_len, page_tokens, ref groups, .. } = limits.step;
-        let pages = rows as usize * (model_len / page_tokens + 2) as usize * groups.len();
+        let pages = rows as usize * ((model_len / page_tokens) as usize + 2) * groups.len();
         let bytes = largest.upload.len() + 4 * pages.min(MOST_PAGES);
         let results = Results::of(&largest, limits.vocab());
         for lane in &mut self.lanes {

@@ -70,6 +70,9 @@ pub const ARCHITECTURES: [&str; 3] = ["sm_80", HOPPER, "sm_100"];
 /// The architecture whose tensor cores `bulk.cu`, `hopper.cu` and `prefill_hopper.cu` are for: with the `a`, what later ones don't have.
 const HOPPER: &str = "sm_90a";
 
+/// Formats of K and V that there are kernels for.
+pub(crate) const KV_FORMATS: [KvDType; 4] = [KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::F8E4M3];
+
 /// What the emulated driver calls its device. It has the kernels compiled in.
 const EMULATED: &str = "cuemu";
 
@@ -91,8 +94,9 @@ impl Unit {
             let weights = |formats: &[DType]| formats.iter().map(|format| format.name()).collect();
             let kept = |formats: &[KvDType]| formats.iter().map(|format| format.name()).collect();
             let formats: Vec<&'static str> = match file {
-                "attention" => kept(&[KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::F8E4M3]),
-                "decode" | "prefill" => kept(&[KvDType::F16, KvDType::BF16, KvDType::F8E4M3]),
+                "attention" => kept(&KV_FORMATS),
+                // All but F32, which tensor cores don't take.
+                "decode" | "prefill" => kept(&KV_FORMATS[1..]),
                 "prefill_hopper" => kept(&[KvDType::F16, KvDType::BF16]),
                 "bulk" => weights(&[DType::F16, DType::BF16]),
                 "embed" | "linear" => weights(&DType::ALL),

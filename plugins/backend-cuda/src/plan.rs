@@ -123,6 +123,12 @@ pub fn lower(
     let wants = (options.max_rows as usize).max(64);
     let tokens = options.max_tokens as usize;
     let logits = graph.output("logits").ok_or_else(|| Error::contract("the graph has no output called `logits`"))?;
+    if !kernels::KV_FORMATS.contains(&options.kv_dtype) {
+        let dtype = options.kv_dtype;
+        return Err(Error::unsupported(format!(
+            "the CUDA backend doesn't keep keys and values in {dtype}: set [kv] dtype"
+        )));
+    }
     let units = fuse::units(graph, &|id| weights.dtype(id));
     let dense_file = if kernels.is_hopper() { "hopper" } else { "matmul" };
     let dense = Some(dense_file).filter(|_| !batch_invariant);

@@ -127,6 +127,9 @@ pub struct GroupPlaces {
     pub cells: usize,
 }
 
+/// A token, and the want of the step before that samples it.
+type Carried = (u32, u32);
+
 /// The want of a carry that is none, as in `kernels/slot.cu`.
 const NO_WANT: u32 = u32::MAX;
 
@@ -385,6 +388,3 @@ impl StepData {
         Ok(())
     }
 }
-
-/// A token, and the want of the step before that samples it.
-type Carried = (u32, u32);

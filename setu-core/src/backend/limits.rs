@@ -1,5 +1,5 @@
 //! What an executable was compiled for, and the check of steps against it: for backends, which index memory with what a
-//! step says. One that has checked a step needn't look again.
+//! step says. Only the tokens that opened slots name (biases, suppressed tokens, history) may lie outside of the vocabulary.
 
 use super::{CompileOptions, Masks, PageTables, Step, Want};
 use crate::error::{Error, Result};
@@ -37,7 +37,8 @@ macro_rules! ensure {
 }
 
 impl StepLimits {
-    /// Those of a graph that was compiled with `options` and got so many pages for each KV group.
+    /// Those of a graph that was compiled with [checked](CompileOptions::check) `options` and got so many pages for each KV
+    /// group.
     pub fn new(graph: &Graph, options: &CompileOptions, kv_pages: &[u32]) -> StepLimits {
         let groups = graph.kv_groups.iter().zip(kv_pages);
         let groups = groups.map(|(group, &pages)| KvGroupLimits { pages, window: group.kind.window() });
@@ -52,7 +53,7 @@ impl StepLimits {
         }
     }
 
-    /// Checks every index and length of a step. `is_open` says which slots are open before it, `samples` which wants of the
+    /// Checks the indices and lengths of a step, but for the tokens of opened slots. `is_open` says which slots are open before it, `samples` which wants of the
     /// step before sample.
     ///
     /// # Errors
@@ -119,9 +120,13 @@ impl StepLimits {
             ensure!((carry.token as usize) < tokens, "a carry for token {} of {tokens}", carry.token);
             ensure!(samples(carry.want), "a carry from want {}, which the step before doesn't sample", carry.want);
         }
-        for (index, &id) in step.tokens.iter().enumerate() {
-            let known = id < self.vocab || step.carries.iter().any(|carry| carry.token as usize == index);
-            ensure!(known, "token {index} has the id {id}, the vocabulary {} entries", self.vocab);
+        if step.tokens.iter().all(|&id| id < self.vocab) {
+            return Ok(());
+        }
+        let mut carried = vec![false; tokens];
+        step.carries.iter().for_each(|carry| carried[carry.token as usize] = true);
+        for (index, (&id, carried)) in step.tokens.iter().zip(carried).enumerate() {
+            ensure!(id < self.vocab || carried, "token {index} has the id {id}, the vocabulary {} entries", self.vocab);
         }
         Ok(())
     }
@@ -131,10 +136,9 @@ impl StepLimits {
         check_offsets("offsets", &table.offsets, rows, table.pages.len())?;
         ensure!(table.skipped.len() == rows, "{} counts of skipped pages for {rows} rows", table.skipped.len());
         let pages = limits.pages;
-        if let Some(page) = table.pages.iter().find(|&&page| page >= pages) {
-            ensure!(false, "there is no page {page}, but {pages}");
-        }
-        let mut written = vec![0_u64; (pages as usize).div_ceil(64)];
+        let absent = table.pages.iter().find(|&&page| page >= pages);
+        ensure!(absent.is_none(), "there is no page {}, but {pages}", absent.copied().unwrap_or_default());
+        let mut written: Vec<(u32, usize)> = Vec::new();
         for row in (0..rows).filter(|&row| row_len(step, row) > 0) {
             let (first, end) = (u64::from(step.positions[row]), row_end(step, row));
             let (offset, skipped) = (table.offsets[row], u64::from(table.skipped[row]));
@@ -145,11 +149,13 @@ impl StepLimits {
                 "row {row} reads positions {seen_from} to {end} and has the pages {skipped} to {behind} of {page_tokens} tokens"
             );
             for index in first / page_tokens..end.div_ceil(page_tokens) {
-                let page = table.pages[offset as usize + (index - skipped) as usize];
-                let (word, bit) = (page as usize / 64, 1 << (page % 64));
-                ensure!(written[word] & bit == 0, "row {row} writes page {page}, as another does");
-                written[word] |= bit;
+                written.push((table.pages[offset as usize + (index - skipped) as usize], row));
             }
+        }
+        written.sort_unstable();
+        for pair in written.windows(2) {
+            let [(page, row), (other, by)] = [pair[0], pair[1]];
+            ensure!(page != other, "rows {row} and {by} write page {page}");
         }
         Ok(())
     }

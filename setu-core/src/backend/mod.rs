@@ -335,7 +335,7 @@ pub struct Step<'a> {
     /// Token ids, all rows one behind the other.
     pub tokens: Column<'a, u32>,
     pub carries: Rows<'a, Carry>,
-    /// One for each KV group.
+    /// One for each KV group. No two rows write tokens to the same page; that they read the same ones is usual.
     pub page_tables: Rows<'a, PageTables<'a>>,
     /// Page copies, carried out before anything else.
     pub copies: Rows<'a, PageCopy>,

@@ -23,15 +23,17 @@ impl CompileOptions {
         Ok(())
     }
 
-    /// Pages of each KV group that the longest session can use at once: a window's also hold a step's tokens.
+    /// Pages of each KV group that the longest session can use at once: a window's also hold a step's tokens. Of
+    /// [checked](CompileOptions::check) options.
     pub fn session_pages(&self, graph: &Graph) -> Vec<u32> {
         let held = |window: u32| window.saturating_add(self.max_tokens).min(self.max_model_len);
         let tokens = graph.kv_groups.iter().map(|group| group.kind.window().map_or(self.max_model_len, held));
-        tokens.map(|tokens| tokens.div_ceil(self.page_tokens) + 1).collect()
+        tokens.map(|tokens| tokens.div_ceil(self.page_tokens).saturating_add(1)).collect()
     }
 
     /// Pages of each KV group, of `page_bytes` bytes: those that are asked for; else as many as `max_rows` of the longest
-    /// sessions can use; else, in the same proportions, as many as fit into `kv_bytes`, or into `budget` where that is 0.
+    /// sessions can use; else, in the same proportions, as many as fit into `kv_bytes`, or into `budget` where that is 0. Of
+    /// [checked](CompileOptions::check) options.
     ///
     /// # Errors
     /// They don't fit; the message has the sum, and `advice` on what to do where the budget is too small for a page of each.
@@ -48,7 +50,7 @@ impl CompileOptions {
                 )));
             }
             if self.kv_bytes > 0 && sum(asked) > self.kv_bytes.into() {
-                let (needed, most) = (mib(sum(asked)), mib(self.kv_bytes.into()));
+                let (needed, most) = (mib(sum(asked)), self.kv_bytes >> 20);
                 return Err(Error::exhausted(format!(
                     "{asked:?} KV pages need {needed} MiB, [kv] memory allows {most} MiB: raise it or ask for fewer pages"
                 )));
@@ -130,7 +132,7 @@ mod tests {
                 CompileOptions { kv_pages: vec![5, 6], kv_bytes: 700, ..options() },
                 0,
                 ErrorKind::Exhausted,
-                "[5, 6] KV pages need 1 MiB",
+                "[5, 6] KV pages need 1 MiB, [kv] memory allows 0 MiB",
             ),
             (options(), 200, ErrorKind::Exhausted, "(full, window) needs 1 MiB, there are 0 MiB for them: buy more"),
         ] {

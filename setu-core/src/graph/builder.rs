@@ -305,6 +305,20 @@ mod tests {
     }
 
     #[test]
+    fn a_window_of_nothing_is_refused() {
+        let mut g = GraphBuilder::new("tiny", 8, 16);
+        let table = g.weight("embed", "t", &[8, 4], Shard::Replicated);
+        let x = g.embed("embed", table).unwrap();
+        let group = g.kv_group("narrow", KvGroupKind::SlidingWindow { tokens: 0 });
+        let layer = g.kv_layer(KvLayer { group, heads: 1, k_dim: 4, v_dim: 4 });
+        let x = g.attention("attend", [x, x, x], layer, 1, 1.0).unwrap();
+        let x = g.select("select", x).unwrap();
+        let logits = g.linear("head", x, table, None).unwrap();
+        g.output("logits", logits);
+        assert_eq!(g.finish().unwrap_err().message(), "tiny: the window of KV group `narrow` is of 0 tokens");
+    }
+
+    #[test]
     fn a_name_given_twice_is_refused() {
         let mut g = GraphBuilder::new("tiny", 8, 16);
         let table = g.weight("embed", "t", &[8, 4], Shard::Replicated);

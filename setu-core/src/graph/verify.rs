@@ -121,6 +121,9 @@ impl Graph {
             let count = used[layer];
             return Err(Error::contract(format!("KV layer {layer} belongs to {count} attention nodes, not to one")));
         }
+        if let Some(group) = self.kv_groups.iter().find(|group| group.kind.window() == Some(0)) {
+            return Err(Error::contract(format!("the window of KV group `{}` is of 0 tokens", group.name)));
+        }
         for (index, layer) in self.kv_layers.iter().enumerate() {
             if layer.group as usize >= self.kv_groups.len() {
                 return Err(Error::contract(format!(

@@ -115,7 +115,7 @@ fn look_at(rig: &Rig<'_>, found: &[Vec<f32>], expected: &Matrix, checks: &Option
 /// A step with one thing wrong about it.
 type Mistake = (&'static str, fn(&mut StepData));
 
-const MISTAKES: [Mistake; 35] = [
+const MISTAKES: [Mistake; 36] = [
     ("a token outside the vocabulary", |step| step.tokens[1] = SMALL.vocab),
     ("a token that is u32::MAX and not carried", |step| step.tokens[1] = u32::MAX),
     ("row offsets that fall", |step| step.row_offsets[1] = 40),
@@ -130,6 +130,7 @@ const MISTAKES: [Mistake; 35] = [
     ("a position that overflows", |step| step.positions[1] = u32::MAX),
     ("a slot that doesn't exist", |step| step.slots[0] = 8),
     ("a page that doesn't exist", |step| step.page_tables[0].pages[0] = 96),
+    ("two rows that write one page", |step| step.page_tables[0].pages[2] = step.page_tables[0].pages[1]),
     ("a page that is u32::MAX", |step| step.page_tables[0].pages[1] = u32::MAX),
     ("too few pages", |step| {
         step.page_tables[0].pages.pop();
