@@ -38,8 +38,8 @@ template <Format TYPE> __device__ __forceinline__ float load_value(const u8 *val
 // `2 × pairs` columns of each head of Q and K are turned on the way, as in rope.cu. Blocks in x are tokens, in y shares of
 // the heads: of Q, which go to `q_turned`, then of K and of V.
 #define NAME JOIN(kv_write, ELEMENT)
-DENSE_KERNEL_OF(256, 5, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k, int k_stride,
-                const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,
+DENSE_KERNEL_OF(256, WRITE_BLOCKS, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k,
+                int k_stride, const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,
                 int pairs, int interleaved) {
     wait_for_launches_before();
     size_t token = blockIdx.x;

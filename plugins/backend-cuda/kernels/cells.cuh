@@ -4,6 +4,13 @@
 #include "attention.cuh"
 #include "rope.cuh"
 
+// Blocks that shall fit on a multiprocessor: for GPUs after Hopper a thread is compiled to more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int WRITE_BLOCKS = 4;
+#else
+constexpr int WRITE_BLOCKS = 5;
+#endif
+
 // A token's rows, where they go, and how its first `2 × pairs` columns of each head of Q and K are turned.
 struct Token {
     Pages pages;
