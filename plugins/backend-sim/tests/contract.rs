@@ -154,8 +154,8 @@ fn pages_are_as_many_as_asked_for() {
         ("{}", &full, 5120, &[], Ok(vec![10])),
         (r#"{"kv_pages": 500}"#, &windowed, 0, &[], Ok(vec![500, 500])),
         (r#"{"kv_pages": 500}"#, &windowed, 0, &[7, 8], Ok(vec![7, 8])),
-        (r#"{"kv_pages": 500}"#, &full, 5120, &[], Err("[kv] memory allows 5120: raise it or lower kv_pages")),
-        ("{}", &full, 500, &[], Err("one KV page of each group would take 512 bytes, [kv] memory allows 500")),
+        (r#"{"kv_pages": 500}"#, &full, 5120, &[], Err("KV pages need 1 MiB, [kv] memory allows 0 MiB: raise it")),
+        ("{}", &full, 500, &[], Err("needs 1 MiB, there are 0 MiB for them: raise [kv] memory")),
         ("{}", &full, 0, &[7, 8], Err("kv_pages has 2 entries, the model 1 KV groups")),
     ];
     for (config, graph, kv_bytes, kv_pages, expected) in cases {
