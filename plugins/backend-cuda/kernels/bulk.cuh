@@ -162,7 +162,7 @@ __device__ __forceinline__ void store_results(const Product &product, int first_
             }
         }
         TILE::wait();
-        store_tile<Part>(product, {0, product.tokens}, first_row + part * Part::tokens, first_out, results);
+        store_tile<Part>(product, {0, product.tokens}, first_row + part * Part::tokens, first_out, results, nullptr);
     }
 }
 

@@ -296,6 +296,8 @@ template <Format TYPE, int TOKENS> struct CodesBlock {
 
     const Product &product;
     u8 *shared;
+    // Of deferred norms.
+    float *factors;
     int warp, lane, group, place;
     // Those of the tile.
     Rows rows;
@@ -490,8 +492,9 @@ template <Format TYPE, int TOKENS> struct CodesBlock {
         }
     }
 
-    // Sums the stages from `first` on, `count` of them. `begin` is called when weights have been asked for and before tokens are.
-    template <class Begin> __device__ __forceinline__ void multiply_stages(int first, int count, Begin begin) {
+    // Sums the stages from `first` on, `count` of them. Weights are asked for before the launches before this are waited for, if
+    // they weren't yet.
+    __device__ __forceinline__ void multiply_stages(int first, int count, bool waits) {
 #pragma unroll
         for (int i = 0; i < TILES * token_tiles * 4; i++) {
             totals[i / 4 / token_tiles][i / 4 % token_tiles][i % 4] = 0.0f;
@@ -500,12 +503,18 @@ template <Format TYPE, int TOKENS> struct CodesBlock {
         for (int stage = first; stage < min(first + Tile::stages - 1, end); stage++) {
             copy_weights(stage);
         }
-        begin();
+        if (waits) {
+            ask_for_norm(product, first_out, Tile::outputs);
+            wait_for_launches_before();
+        }
         for (int stage = first; stage < first + Tile::stages - 1; stage++) {
             if (stage < end) {
                 copy_tokens(stage);
             }
             commit_copies();
+        }
+        if (waits && TOKENS <= DEFERRED_ROWS) {
+            find_deferred(product, first_row, rows.end, Tile::warps, factors);
         }
 #pragma unroll 1
         for (int stage = first; stage < end; stage++) {
@@ -536,7 +545,7 @@ template <Format TYPE, int TOKENS> struct CodesBlock {
             }
         }
         __syncthreads();
-        store_tile<Tile>(product, rows, first_row, first_out, sums);
+        store_tile<Tile>(product, rows, first_row, first_out, sums, factors);
         __syncthreads();
     }
 };
@@ -547,44 +556,39 @@ template <Format TYPE, int TOKENS> __device__ __forceinline__ void multiply_code
     DYNAMIC_SHARED(u8, shared);
     // So that the compiler sees that a warp's lanes do the same.
     int warp = __shfl_sync(ALL_LANES, warp_of_thread(), 0), lane = lane_of_thread();
-    CodesBlock<TYPE, TOKENS> block = {product, shared, warp, lane, lane / 4, lane % 4, {}, 0, 0, {}, {}, {}, {}};
+    __shared__ float factors[DEFERRED_ROWS];
+    CodesBlock<TYPE, TOKENS> block = {product, shared, factors, warp, lane, lane / 4, lane % 4, {}, 0, 0, {}, {}, {}, {}};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         block.minus_128[i] = __shfl_sync(ALL_LANES, product.cols < lane - 32 ? 0 : 0xc300c300, i);
     }
-    if (product.offsets) {
+    Work<Tile> work(product);
+    bool has_experts = product.offsets;
+    int count = has_experts ? work.stages : work.count();
+    if (has_experts || count == 0) {
         wait_for_launches_before();
-        block.rows = rows_of(product);
-        block.first_row = block.rows.begin + blockIdx.y * TOKENS;
+    }
+    block.rows = rows_of(product);
+    size_t matrix = 0;
+    if (has_experts) {
+        block.first_row = block.rows.begin + blockIdx.y * TOKENS, block.first_out = blockIdx.x * Work<Tile>::outputs_of(product);
+        matrix = blockIdx.z * static_cast<size_t>(product.outs) * row_bytes<TYPE>(product.cols);
         if (block.first_row >= block.rows.end) {
             return;
         }
-        block.first_out = blockIdx.x * Work<Tile>::outputs_of(product);
-        block.find_rows(blockIdx.z * static_cast<size_t>(product.outs) * row_bytes<TYPE>(product.cols));
-        block.multiply_stages(0, (product.cols + Tile::columns - 1) / Tile::columns, [] {});
-        block.store();
-        return;
-    }
-    block.rows = {0, product.tokens};
-    Work<Tile> work(product);
-    int count = work.count();
-    if (count == 0) {
-        wait_for_launches_before();
     }
     for (int at = 0; at < count;) {
-        auto [tile, first] = work.locate(at);
-        int here = min(work.stages - first, count - at);
-        block.first_row = work.first_row(tile), block.first_out = work.first_out(product, tile, 0);
-        block.find_rows(0);
-        bool is_first = at == 0;
+        StageOfTile place = {0, 0};
+        if (!has_experts) {
+            place = work.locate(at);
+            block.first_row = work.first_row(place.tile), block.first_out = work.first_out(product, place.tile, 0);
+        }
+        int here = min(work.stages - place.stage, count - at);
+        block.find_rows(matrix);
         // Weights come while the launch before this ends.
-        block.multiply_stages(first, here, [&] {
-            if (is_first) {
-                wait_for_launches_before();
-            }
-        });
+        block.multiply_stages(place.stage, here, at == 0 && !has_experts);
         at += here;
-        if (here == work.stages || work.gather(product, tile, 0, block.totals)) {
+        if (here == work.stages || work.gather(product, place.tile, 0, block.totals)) {
             block.store();
         }
     }

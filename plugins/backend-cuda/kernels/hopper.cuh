@@ -169,6 +169,7 @@ template <Format TYPE, class TILE> __device__ __forceinline__ void hopper_matmul
     if (first + TILE::ahead < end) {
         block.fetch(first + TILE::ahead);
     }
+    ask_for_norm(product, first_out, TILE::outputs);
     if (!product.offsets) {
         wait_for_launches_before();
     }
@@ -178,6 +179,10 @@ template <Format TYPE, class TILE> __device__ __forceinline__ void hopper_matmul
             block.copy_tokens(stage);
         }
         commit_copies();
+    }
+    __shared__ float factors[DEFERRED_ROWS];
+    if (TILE::tokens <= DEFERRED_ROWS) {
+        find_deferred(product, first_row, rows.end, TILE::threads / 32, factors);
     }
     float sums[1][TILE::tokens / 8][4] = {};
     for (int stage = first; stage < end; stage++) {
@@ -207,5 +212,5 @@ template <Format TYPE, class TILE> __device__ __forceinline__ void hopper_matmul
     float *tile = reinterpret_cast<float *>(block.stages);
     TILE::leave_sums(sums[0], tile);
     __syncthreads();
-    store_tile<TILE>(product, rows, first_row, first_out, tile);
+    store_tile<TILE>(product, rows, first_row, first_out, tile, factors);
 }

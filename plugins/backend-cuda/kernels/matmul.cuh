@@ -174,6 +174,10 @@ template <Format TYPE, class TILE> __device__ __forceinline__ void matmul(const 
         }
         commit_copies();
     }
+    __shared__ float factors[DEFERRED_ROWS];
+    if (TILE::tokens <= DEFERRED_ROWS) {
+        find_deferred(product, block.first_row, block.rows.end, TILE::threads / 32, factors);
+    }
     for (int stage = first; stage < end; stage++) {
         wait_for_copies<TILE::stages - 2>();
         __syncthreads();
@@ -205,5 +209,5 @@ template <Format TYPE, class TILE> __device__ __forceinline__ void matmul(const 
         }
     }
     __syncthreads();
-    store_tile<TILE>(product, block.rows, block.first_row, block.first_out, tile);
+    store_tile<TILE>(product, block.rows, block.first_row, block.first_out, tile, factors);
 }

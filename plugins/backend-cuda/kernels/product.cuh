@@ -33,6 +33,11 @@ struct Product {
     int y_half;
     // Warps that share columns out, in kernels that aren't on tensor cores.
     int parts;
+    // A norm over the results, and the one that x comes from, if the products around a norm do it: see deferred.cuh.
+    const float *norm_weight;
+    float *norm_squares;
+    const float *x_squares;
+    float norm_offset, x_eps;
 };
 
 // The rows of x that a block's matrix is multiplied with: all, or those of an expert.

@@ -1,13 +1,15 @@
 //! A graph's nodes put together to what is launched at once.
 //!
 //! Linear layers over the same input become one product; a gate and its activation, and a residual that is added, are
-//! done where the product's results are; Q and K are turned where they are written. What a unit computes is what its
-//! nodes would, in the same order of rounding: only how often memory is passed over changes.
+//! done where the product's results are; Q and K are turned where they are written; a norm between two products may be done
+//! by them. What a unit computes is what its nodes would, in the same order of rounding, but for norms: see
+//! `kernels/deferred.cuh`.
 
 use setu_core::graph::{ActivationKind, Node, Op, RowSpace, ValueId, WeightId};
 use setu_core::{DType, Graph};
 
 use crate::ops::activation_code;
+use crate::product::Half;
 use crate::storage;
 
 /// What is launched at once.
@@ -16,7 +18,7 @@ pub struct Unit<'g> {
     pub kind: Kind<'g>,
     pub rows: RowSpace,
     pub inputs: Vec<ValueId>,
-    /// Values that lie side by side, in this order, where the unit is a product; else values of their own.
+    /// Side by side, in this order, where the unit is of several layers; else values of their own.
     pub outputs: Vec<ValueId>,
 }
 
@@ -40,6 +42,14 @@ pub struct Product<'g> {
     pub gated: Option<ActivationKind>,
     /// Added to the result.
     pub residual: Option<ValueId>,
+    /// A norm of the result, which only products read: the unit's second output.
+    pub norm: Option<&'g Node>,
+}
+
+impl<'g> Product<'g> {
+    fn of(linears: Vec<&'g Node>) -> Product<'g> {
+        Product { linears, gated: None, residual: None, norm: None }
+    }
 }
 
 impl Unit<'_> {
@@ -49,6 +59,21 @@ impl Unit<'_> {
             Kind::Node(node) | Kind::Attention { node, .. } => &node.name,
             Kind::Product(product) => &product.linears[0].name,
         }
+    }
+
+    /// The halves that it reads its first input in on tensor cores.
+    pub fn half(&self, graph: &Graph, dtype: &dyn Fn(WeightId) -> DType) -> Option<Half> {
+        let weight = match &self.kind {
+            Kind::Product(product) => weight_of(product.linears[0])?.0,
+            Kind::Node(Node { op: Op::Experts { gate, .. }, .. }) => *gate,
+            _ => return None,
+        };
+        Half::of(dtype(weight), graph.value(self.inputs[0]).cols as usize)
+    }
+
+    /// Whether its outputs lie side by side.
+    pub fn is_of_siblings(&self) -> bool {
+        matches!(&self.kind, Kind::Product(product) if product.linears.len() > 1 && product.gated.is_none())
     }
 }
 
@@ -65,6 +90,9 @@ pub fn units<'g>(graph: &'g Graph, dtype: &dyn Fn(WeightId) -> DType) -> Vec<Uni
     }
     for at in 0..graph.nodes.len() {
         fusion.siblings(at);
+    }
+    for at in 0..graph.nodes.len() {
+        fusion.norm(at);
     }
     fusion.units.into_iter().flatten().collect()
 }
@@ -92,7 +120,7 @@ impl<'g, 'd> Fusion<'g, 'd> {
             node.op.weights().iter().for_each(|weight| weight_uses[weight.0 as usize] += 1);
             let (inputs, outputs) = (node.inputs.clone(), node.outputs.clone());
             let kind = match node.op {
-                Op::Linear { .. } => Kind::Product(Product { linears: vec![node], gated: None, residual: None }),
+                Op::Linear { .. } => Kind::Product(Product::of(vec![node])),
                 Op::Attention { .. } => Kind::Attention { node, ropes: None },
                 _ => Kind::Node(node),
             };
@@ -130,7 +158,7 @@ impl<'g, 'd> Fusion<'g, 'd> {
             return;
         }
         (self.units[gate_at], self.units[up_at]) = (None, None);
-        let kind = Kind::Product(Product { linears: vec![gate, up], gated: Some(kind), residual: None });
+        let kind = Kind::Product(Product { gated: Some(kind), ..Product::of(vec![gate, up]) });
         let (rows, inputs, outputs) = (storage::stage(self.graph, node), gate.inputs.clone(), node.outputs.clone());
         self.units[at] = Some(Unit { kind, rows, inputs, outputs });
     }
@@ -143,7 +171,7 @@ impl<'g, 'd> Fusion<'g, 'd> {
             .find_map(|(value, other)| self.linear_for(value, at).map(|found| (found, other)));
         let Some(((linear_at, linear), other)) = found else { return };
         self.units[linear_at] = None;
-        let kind = Kind::Product(Product { linears: vec![linear], gated: None, residual: Some(other) });
+        let kind = Kind::Product(Product { residual: Some(other), ..Product::of(vec![linear]) });
         let inputs = linear.inputs.iter().copied().chain([other]).collect();
         let rows = storage::stage(self.graph, node);
         self.units[at] = Some(Unit { kind, rows, inputs, outputs: node.outputs.clone() });
@@ -188,8 +216,39 @@ impl<'g, 'd> Fusion<'g, 'd> {
         let outputs = linears.iter().map(|node| node.outputs[0]).collect();
         found.iter().for_each(|&at| self.units[at] = None);
         let rows = storage::stage(self.graph, first);
-        let kind = Kind::Product(Product { linears, gated: None, residual: None });
+        let kind = Kind::Product(Product::of(linears));
         self.units[at] = Some(Unit { kind, rows, inputs: first.inputs.clone(), outputs });
+    }
+
+    /// Gives the norm at `at` to the product that computes what it takes, where both are of halves that can wait to be divided:
+    /// products of BF16 alone read the norm's result, and none what it takes.
+    fn norm(&mut self, at: usize) {
+        let node = &self.graph.nodes[at];
+        let (&Op::RmsNorm { group, .. }, &[x], &[normed]) = (&node.op, &node.inputs[..], &node.outputs[..]) else {
+            return;
+        };
+        let (cols, stage) = (self.graph.value(x).cols, storage::stage(self.graph, node));
+        let half = |unit: &Unit<'_>| unit.half(self.graph, self.dtype);
+        let units = || self.units.iter().flatten();
+        let waits = |unit: &Unit<'_>| {
+            let is_product = matches!(unit.kind, Kind::Product(_)) && half(unit) == Some(Half::BF16);
+            is_product && unit.rows == stage && unit.inputs[0] == normed && !unit.inputs[1..].contains(&normed)
+        };
+        let all_wait = units().filter(|unit| unit.inputs.contains(&normed)).all(waits);
+        let is_output = self.graph.outputs.iter().any(|output| output.value == normed);
+        let is_multiplied = units().any(|unit| unit.inputs.first() == Some(&x) && half(unit).is_some());
+        if !all_wait || is_output || is_multiplied || !(group == 0 || group == cols) {
+            return;
+        }
+        let computes = |unit: &Unit<'_>| unit.outputs == [x] && unit.rows == stage && half(unit).is_some();
+        let Some(found) = self.units.iter().position(|unit| unit.as_ref().is_some_and(computes)) else { return };
+        if let Some(Unit { kind: Kind::Product(product @ Product { gated: None, .. }), outputs, .. }) =
+            &mut self.units[found]
+        {
+            product.norm = Some(node);
+            outputs.push(normed);
+            self.units[at] = None;
+        }
     }
 
     fn outs(&self, at: usize) -> u32 {
@@ -199,9 +258,13 @@ impl<'g, 'd> Fusion<'g, 'd> {
     /// Whether node `at` is a plain linear layer of a weight of its own that can stand beside `first`.
     fn may_join(&self, at: usize, first: &Node) -> bool {
         let node = &self.graph.nodes[at];
-        let plain = matches!(&self.units[at], Some(Unit { kind: Kind::Product(Product { linears, gated: None, residual: None }), .. }) if linears.len() == 1);
+        let Some(Unit { kind: Kind::Product(Product { linears, gated, residual, .. }), .. }) = &self.units[at] else {
+            return false;
+        };
         let (Some((weight, bias)), Some((_, first_bias))) = (weight_of(node), weight_of(first)) else { return false };
-        plain
+        linears.len() == 1
+            && gated.is_none()
+            && residual.is_none()
             && self.weight_uses[weight.0 as usize] == 1
             && bias.is_some() == first_bias.is_some()
             && self.format(node) == self.format(first)
@@ -235,15 +298,18 @@ mod tests {
         let table = g.weight("embed", "embed", &[50, 16], Shard::Replicated);
         let x = g.embed("embed", table).unwrap();
         let width = if odd { 4 } else { 8 };
-        let [q, k, v] = ["q", "k", "v"].map(|name| linear(&mut g, name, x, width, 16));
+        let norm = g.weight("norm", "norm", &[16], Shard::Replicated);
+        let normed = g.rms_norm("norm_in", x, norm, 1e-5).unwrap();
+        let [q, k, v] = ["q", "k", "v"].map(|name| linear(&mut g, name, normed, width, 16));
         let turned = [("rope_q", q), ("rope_k", k)]
             .map(|(name, x)| g.rope(name, x, rope, width as u32, RopeStyle::Half).unwrap());
         let kv = g.kv_layer(KvLayer { group, heads: 1, k_dim: width as u32, v_dim: width as u32 });
         let attended = g.attention("attend", [turned[0], turned[1], v], kv, 1, 1.0).unwrap();
         let out = linear(&mut g, "o", attended, 16, width);
         let x = g.add("add", x, out).unwrap();
-        let gate = linear(&mut g, "gate", x, 24, 16);
-        let up = linear(&mut g, "up", x, 24, 16);
+        let normed = g.rms_norm("norm_mlp", x, norm, 1e-5).unwrap();
+        let gate = linear(&mut g, "gate", normed, 24, 16);
+        let up = linear(&mut g, "up", normed, 24, 16);
         let inner = g.gated("gated", ActivationKind::Silu, gate, up).unwrap();
         let down = linear(&mut g, "down", inner, 16, 24);
         let x = g.add("add_2", down, x).unwrap();
@@ -257,10 +323,11 @@ mod tests {
         let shown = |unit: &Unit<'_>| match &unit.kind {
             Kind::Node(node) => node.name.clone(),
             Kind::Attention { ropes, .. } => format!("attend, {} ropes", ropes.map_or(0, |ropes| ropes.len())),
-            Kind::Product(Product { linears, gated, residual }) => {
+            Kind::Product(Product { linears, gated, residual, norm }) => {
                 let names: Vec<&str> = linears.iter().map(|node| node.name.as_str()).collect();
                 let gated = if gated.is_some() { ", gated" } else { "" };
-                format!("{}{gated}{}", names.join(" "), if residual.is_some() { ", added" } else { "" })
+                let residual = if residual.is_some() { ", added" } else { "" };
+                format!("{}{gated}{residual}{}", names.join(" "), if norm.is_some() { ", normed" } else { "" })
             }
         };
         units(graph, dtype).iter().map(shown).collect()
@@ -269,21 +336,39 @@ mod tests {
     #[test]
     fn a_layer_is_few_launches() {
         let graph = layer(false);
-        let expected =
-            ["embed", "q k v", "attend, 1 ropes", "o, added", "gate up, gated", "down, added", "select", "head"];
-        assert_eq!(names(&graph, &|_| DType::BF16), expected.map(|name| name.replace("1 ropes", "2 ropes")));
+        let expected = [
+            "embed",
+            "norm_in",
+            "q k v",
+            "attend, 2 ropes",
+            "o, added, normed",
+            "gate up, gated",
+            "down, added",
+            "select",
+            "head",
+        ];
+        assert_eq!(names(&graph, &|_| DType::BF16), expected);
     }
 
     #[test]
     fn what_does_not_fit_together_stays_apart() {
         let graph = layer(true);
-        assert_eq!(names(&graph, &|_| DType::BF16)[1..4], ["q", "k", "v"]);
+        assert_eq!(names(&graph, &|_| DType::BF16)[2..5], ["q", "k", "v"]);
         // Matrices of different formats.
         let graph = layer(false);
         let up = graph.nodes.iter().find(|node| node.name == "up").and_then(weight_of).unwrap().0;
         let dtype = |weight| if weight == up { DType::Q8_0 } else { DType::BF16 };
         let names = names(&graph, &dtype);
         assert!(names.contains(&"gate".to_owned()) && names.contains(&"up".to_owned()), "{names:?}");
+        // A norm between products that it can't be left to: the halves of F16 end too early, and floats aren't halves.
+        for weight in ["o", "gate"] {
+            for other in [DType::F16, DType::F32] {
+                let id = graph.nodes.iter().find(|node| node.name == weight).and_then(weight_of).unwrap().0;
+                let names = self::names(&graph, &|found| if found == id { other } else { DType::BF16 });
+                let is_left = names.contains(&"o, added, normed".to_owned());
+                assert_eq!(is_left, weight == "o" && other == DType::F16, "{weight} in {other}: {names:?}");
+            }
+        }
     }
 
     #[test]

@@ -451,6 +451,11 @@ impl Shape {
     }
 }
 
+/// Two integers of four bytes that lie side by side in a struct.
+pub fn pair(low: usize, high: usize) -> u64 {
+    low as u32 as u64 | (high as u64) << 32
+}
+
 /// A kernel's arguments, one behind the other.
 #[derive(Debug, Default)]
 pub struct Arguments {

@@ -26,6 +26,7 @@ const HEADERS: &[(&str, &str)] = files![
     "cells.cuh",
     "codes.cuh",
     "common.cuh",
+    "deferred.cuh",
     "e4m3.cuh",
     "formats.cuh",
     "half.cuh",

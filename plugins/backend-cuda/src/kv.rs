@@ -7,7 +7,7 @@ use setu_core::backend::CompileOptions;
 use setu_core::graph::KvLayer;
 use setu_core::{Error, Graph, KvDType, Result};
 
-use crate::gpu::{Device, Memory};
+use crate::gpu::{Device, Memory, pair};
 
 /// Bytes that a thread reads of a key at once.
 const PIECE_BYTES: usize = 16;
@@ -110,7 +110,6 @@ impl Pages {
     pub fn argument(&self, layer: usize) -> [u64; 8] {
         let Layer { kv, k_padded, k_at, v_at, scales_at } = self.layers[layer];
         let group = &self.groups[kv.group as usize];
-        let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
         [
             group.memory.address(),
             group.page_bytes as u64,

@@ -48,10 +48,9 @@ impl Layout {
                 places[of(node.outputs[0])] = (item, column + start);
                 continue;
             }
-            let side_by_side = matches!(unit.kind, Kind::Product(_));
             let mut column = 0;
             for &output in &unit.outputs {
-                if column == 0 || !side_by_side {
+                if column == 0 || !unit.is_of_siblings() {
                     items.push(Item { rows: graph.value(output).rows, words: 0, stays: false });
                     column = 0;
                 }

@@ -14,8 +14,8 @@ use crate::layout::Layout;
 use crate::ops::{self, Op, Operand};
 use crate::plan::{PARTIALS_BYTES, PendingAttention};
 use crate::product::{
-    BULK_TILES, CODES, Codes, CodesTile, Dense, ExpertRows, HOPPER_TILES, Half, Halves, Maps, Output, PORTABLE_TILES,
-    Product, ProductKernels, Shares, Tile,
+    BULK_TILES, CODES, Codes, CodesTile, DEFERRED_ROWS, DeferredNorm, Dense, ExpertRows, HOPPER_TILES, Half, Halves,
+    Maps, Output, PORTABLE_TILES, Product, ProductKernels, Shares, Tile,
 };
 use crate::step::Tiling;
 use crate::storage::stride;
@@ -49,6 +49,8 @@ pub struct Lowering<'a, 'w> {
     pub shares: Option<Shares>,
     /// By rows, pairs, experts, width of the feed-forward and of its result.
     pub experts: HashMap<[usize; 5], ExpertScratch>,
+    /// By their results, norms that products do.
+    pub deferred: HashMap<ValueId, DeferredNorm>,
 }
 
 /// The experts' scratch memory, shared by all layers of the same sizes.
@@ -109,9 +111,14 @@ impl Lowering<'_, '_> {
         let mut unpacked: Unpacked = Vec::new();
         match &unit.kind {
             Kind::Product(product) => {
-                let (op, left) = self.product(unit, product)?;
+                let norm = product.norm.map(|node| self.deferred_norm(node)).transpose()?;
+                let (op, left) = self.product(unit, product, norm.as_ref().and_then(|norm| norm.1))?;
                 ops.push(op);
                 unpacked = left;
+                if let Some((op, _, left)) = norm {
+                    ops.push(op);
+                    unpacked.push((unit.outputs[1], left));
+                }
             }
             Kind::Attention { node, ropes } => {
                 let attended = node.outputs[0];
@@ -149,7 +156,12 @@ impl Lowering<'_, '_> {
     }
 
     /// A product, and what of its results is left to be packed.
-    fn product(&mut self, unit: &Unit<'_>, product: &fuse::Product<'_>) -> Result<(Op, Unpacked)> {
+    fn product(
+        &mut self,
+        unit: &Unit<'_>,
+        product: &fuse::Product<'_>,
+        norm: Option<DeferredNorm>,
+    ) -> Result<(Op, Unpacked)> {
         let parts: Vec<(WeightId, Option<WeightId>)> =
             product.linears.iter().filter_map(|node| fuse::weight_of(node)).collect();
         let ids: Vec<WeightId> = parts.iter().map(|part| part.0).collect();
@@ -167,17 +179,14 @@ impl Lowering<'_, '_> {
             Some(kind) => known(kind)?,
             None => 0,
         };
-        let (out, left) = match unit.outputs[..] {
-            [value] => {
-                let (out, left) = self.layout.output(value);
-                (out, vec![(value, left)])
-            }
-            _ => {
-                let cols = unit.outputs.iter().map(|&value| self.value(value).cols).sum();
-                let floats = Operand { cols, ..self.value(unit.outputs[0]) };
-                let left = unit.outputs.iter().map(|&value| (value, self.layout.wanted_of(value))).collect();
-                (Output { floats, halves: None, keeps_floats: true }, left)
-            }
+        let (out, left) = if unit.is_of_siblings() {
+            let cols = unit.outputs.iter().map(|&value| self.value(value).cols).sum();
+            let floats = Operand { cols, ..self.value(unit.outputs[0]) };
+            let left = unit.outputs.iter().map(|&value| (value, self.layout.wanted_of(value))).collect();
+            (Output { floats, halves: None, keeps_floats: true }, left)
+        } else {
+            let (out, left) = self.layout.output(unit.outputs[0]);
+            (out, vec![(unit.outputs[0], left)])
         };
         let half = Half::of(dtype, x.cols);
         let halves = half.and_then(|half| self.layout.halves(unit.inputs[0], half));
@@ -195,6 +204,8 @@ impl Lowering<'_, '_> {
             out,
             shares: self.shares()?,
             experts: None,
+            x_norm: self.deferred.get(&unit.inputs[0]).copied(),
+            norm,
         };
         Ok((Op::Product(Box::new(op)), left))
     }
@@ -279,13 +290,31 @@ impl Lowering<'_, '_> {
         Ok(shares)
     }
 
+    /// The launch of a norm for passes that don't defer it, how others do if they can, and what is left to be packed.
+    fn deferred_norm(&mut self, node: &Node) -> Result<(Op, Option<DeferredNorm>, Vec<Halves>)> {
+        let (out, left) = self.layout.output(node.outputs[0]);
+        let mut op = self.norm(node, out)?;
+        let mut norm = None;
+        // Nobody may need it in another way.
+        let halves = out.halves.filter(|_| left.is_empty() && !out.keeps_floats);
+        if let (Op::RmsNorm { weight, eps, offset, x, deferred, .. }, Some(halves)) = (&mut op, halves) {
+            *deferred = true;
+            let squares = self.allocate(DEFERRED_ROWS * DeferredNorm::squares_of(x.cols), "sums of squares")?;
+            let found = DeferredNorm { weight: *weight, offset: *offset, eps: *eps, squares, halves };
+            self.deferred.insert(node.outputs[0], found);
+            norm = Some(found);
+        }
+        Ok((op, norm, left))
+    }
+
     fn norm(&mut self, node: &Node, out: Output) -> Result<Op> {
         let x = self.value(node.inputs[0]);
         match node.op {
             GraphOp::RmsNorm { weight, eps, group, offset } => {
                 let group = if group == 0 { x.cols } else { group as usize };
                 let weight = self.weights.vectors(&[weight], self.kernels)?;
-                Ok(Op::RmsNorm { kernel: self.kernel("norm", "rms_norm")?, weight, group, eps, offset, x, out })
+                let kernel = self.kernel("norm", "rms_norm")?;
+                Ok(Op::RmsNorm { kernel, weight, group, eps, offset, x, out, deferred: false })
             }
             GraphOp::LayerNorm { weight, bias, eps } => {
                 let weight = self.weights.vectors(&[weight], self.kernels)?;
@@ -528,6 +557,8 @@ impl Lowering<'_, '_> {
                 out,
                 shares,
                 experts,
+                x_norm: None,
+                norm: None,
             })
         };
         let mut apart = None;

@@ -9,7 +9,7 @@ use setu_core::graph::ActivationKind;
 use crate::attention::Attention;
 use crate::experts::Experts;
 use crate::gpu::{Arguments, Kernel, Shape, Stream};
-use crate::product::{Halves, Output, Product};
+use crate::product::{DEFERRED_ROWS, Halves, Output, Product};
 use crate::step::{Bucket, StepData};
 
 /// Kinds of `unary` and `binary` behind the activations, as in `kernels/elementwise.cu`.
@@ -57,6 +57,11 @@ pub struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// Whether norms that can be are done by the products around them.
+    pub fn defers_norms(&self) -> bool {
+        self.dense && self.rows <= DEFERRED_ROWS
+    }
+
     /// Queues a kernel of the plan.
     pub fn launch(&self, kernel: &Kernel, shape: Shape, arguments: Arguments) -> Result<()> {
         // SAFETY: the plan pairs kernels with the arguments that they take; its buffers have room for as many rows
@@ -83,6 +88,8 @@ pub enum Op {
         offset: f32,
         x: Operand,
         out: Output,
+        /// Whether the products around it do it in passes that defer norms.
+        deferred: bool,
     },
     LayerNorm {
         kernel: Kernel,
@@ -184,7 +191,8 @@ impl Op {
                 pass.launch(kernel, Shape::new((rows, 1, 1), threads_for(out.cols.div_ceil(8))), arguments)
             }
             Op::Product(product) => product.launch(pass),
-            Op::RmsNorm { kernel, weight, group, eps, offset, x, out } => {
+            Op::RmsNorm { deferred: true, .. } if pass.defers_norms() => Ok(()),
+            Op::RmsNorm { kernel, weight, group, eps, offset, x, out, .. } => {
                 let (floats, in_halves) = out.places(pass);
                 let arguments = operand(operand(arguments(), *x).address(*weight), floats);
                 let arguments = halves(arguments.int(*group).float(*eps).float(*offset), in_halves);

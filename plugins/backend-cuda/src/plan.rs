@@ -133,7 +133,8 @@ pub fn lower(
     let dense_file = if kernels.is_hopper() { "hopper" } else { "matmul" };
     let dense = Some(dense_file).filter(|_| !batch_invariant);
     kernels.prepare(&needed(graph, &units, weights, options.kv_dtype, dense))?;
-    let layout = Layout::new(graph, &units, &|unit| half_of(graph, weights, unit).filter(|_| !batch_invariant));
+    let layout =
+        Layout::new(graph, &units, &|unit| unit.half(graph, &|id| weights.dtype(id)).filter(|_| !batch_invariant));
     let mut lowering = Lowering {
         device,
         graph,
@@ -153,6 +154,7 @@ pub fn lower(
         arrived: None,
         shares: None,
         experts: HashMap::new(),
+        deferred: HashMap::new(),
     };
     lowering.allocate_values()?;
     let (mut token_ops, mut wanted_ops) = (Vec::new(), Vec::new());
@@ -226,14 +228,4 @@ fn weights_of(unit: &Unit<'_>) -> Vec<WeightId> {
         Kind::Node(Node { op: op @ GraphOp::Experts { .. }, .. }) => op.weights(),
         _ => Vec::new(),
     }
-}
-
-/// The halves that a unit reads its first input in on tensor cores.
-fn half_of(graph: &Graph, weights: &Weights<'_>, unit: &Unit<'_>) -> Option<Half> {
-    let weight = match &unit.kind {
-        Kind::Product(product) => fuse::weight_of(product.linears[0])?.0,
-        Kind::Node(Node { op: GraphOp::Experts { gate, .. }, .. }) => *gate,
-        _ => return None,
-    };
-    Half::of(weights.dtype(weight), graph.value(unit.inputs[0]).cols as usize)
 }

@@ -8,7 +8,7 @@
 use setu_core::DType;
 use setu_core::Result;
 
-use crate::gpu::{Arguments, Kernel, Shape, TensorMap};
+use crate::gpu::{Arguments, Kernel, Shape, TensorMap, pair};
 use crate::ops::{Operand, Pass};
 
 /// Most rows that don't go to tensor cores, where those aren't as good at few.
@@ -22,6 +22,11 @@ const LINEAR_COLS: usize = 256;
 const BUSY_WARPS: usize = 24;
 /// Blocks in y of those kernels where there are experts: an expert's rows go round them.
 const EXPERT_BLOCKS: usize = 8;
+
+/// Most rows of a pass whose products do the norms around them, and columns whose squares are summed together: as in
+/// `kernels/deferred.cuh`.
+pub const DEFERRED_ROWS: usize = 16;
+const SQUARED: usize = 64;
 
 /// What halves are, as in `kernels/tensor.cuh`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -324,6 +329,25 @@ pub struct ExpertRows {
     pub top_k: usize,
 }
 
+/// A norm by the root mean square that the products around it do: one writes its halves, not divided yet, and the sums of
+/// squares; those behind divide.
+#[derive(Clone, Copy, Debug)]
+pub struct DeferredNorm {
+    pub weight: u64,
+    pub offset: f32,
+    pub eps: f32,
+    /// `[DEFERRED_ROWS][squares_of(cols)]` floats.
+    pub squares: u64,
+    pub halves: Halves,
+}
+
+impl DeferredNorm {
+    /// Sums of squares in a row of `cols` columns.
+    pub fn squares_of(cols: usize) -> usize {
+        cols.div_ceil(SQUARED)
+    }
+}
+
 /// A product.
 #[derive(Clone, Debug)]
 pub struct Product {
@@ -338,6 +362,9 @@ pub struct Product {
     pub out: Output,
     pub shares: Shares,
     pub experts: Option<ExpertRows>,
+    /// What norms the rows, and what norms the results.
+    pub x_norm: Option<DeferredNorm>,
+    pub norm: Option<DeferredNorm>,
 }
 
 impl Product {
@@ -403,11 +430,14 @@ impl Product {
     /// The struct `Product` of `kernels/product.cuh`.
     fn arguments(&self, pass: &Pass<'_>, x_halves: Option<Halves>) -> Arguments {
         let (y, y_halves) = self.out.places(pass);
-        let pair = |low: usize, high: usize| low as u32 as u64 | (high as u64) << 32;
         let residual = self.residual.unwrap_or(Operand { address: 0, stride: 0, cols: 0 });
         let (offsets, rows, by_pair) =
             self.experts.map_or((0, 0, false), |experts| (experts.offsets, experts.rows, experts.by_pair));
         let (x_address, x_stride) = x_halves.map_or((0, 0), |halves| (halves.address, halves.stride));
+        let [x_norm, norm] = [self.x_norm, self.norm].map(|norm| norm.filter(|_| pass.defers_norms()));
+        let y_halves = norm.map_or(y_halves, |norm| norm.halves);
+        let (weight, squares, offset) = norm.map_or((0, 0, 0.0), |norm| (norm.weight, norm.squares, norm.offset));
+        let (x_squares, x_eps) = x_norm.map_or((0, 0.0), |norm| (norm.squares, norm.eps));
         Arguments::new().structure(&[
             self.weights[0],
             self.weights[1],
@@ -428,6 +458,10 @@ impl Product {
             pair(y.cols, self.x.cols),
             pair(self.activation, usize::from(by_pair)),
             pair(y_halves.half as usize, linear_parts(y.cols, self.x.cols, self.shares.multiprocessors)),
+            weight,
+            squares,
+            x_squares,
+            pair(offset.to_bits() as usize, x_eps.to_bits() as usize),
         ])
     }
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use setu_core::backend::CompileOptions;
-use setu_core::graph::{ActivationKind, Graph, GraphBuilder, Shard};
+use setu_core::graph::{ActivationKind, Graph, GraphBuilder, Op, Shard};
 use setu_core::{Backend, DType, KvDType, Result};
 use setu_testkit::backend::Stop;
 use setu_testkit::backend::rig::{Rig, compare_overall};
@@ -13,34 +13,42 @@ use setu_testkit::weights::WeightSet;
 const VOCAB: usize = 60;
 const HIDDEN: usize = 256;
 
-/// Siblings with biases, a gate, and residuals; widths that no tile divides. `width` is that of the feed-forward.
-fn graph(width: usize) -> Result<Graph> {
+/// Siblings with biases, a gate, residuals, and norms, of which two are between products; widths that no tile divides. `hidden`
+/// is that of the rows, `width` that of the feed-forward.
+fn graph(hidden: usize, width: usize) -> Result<Graph> {
     let mut g = GraphBuilder::new("dense", VOCAB as u32, 320);
     let linear = |g: &mut GraphBuilder, name: &str, x, out, cols, biased: bool| {
         let weight = g.weight(name, name, &[out, cols], Shard::Replicated);
         let bias = biased.then(|| g.weight(&format!("{name}_bias"), format!("{name}_bias"), &[out], Shard::Replicated));
         g.linear(name, x, weight, bias)
     };
-    let table = g.weight("embed", "embed", &[VOCAB, HIDDEN], Shard::Replicated);
+    let table = g.weight("embed", "embed", &[VOCAB, hidden], Shard::Replicated);
     let x = g.embed("embed", table)?;
-    let norm = g.weight("norm", "norm", &[HIDDEN], Shard::Replicated);
+    let norm = g.weight("norm", "norm", &[hidden], Shard::Replicated);
     let normed = g.rms_norm("normed", x, norm, 1e-5)?;
     // The second lies beside the first, and the third is one column.
-    let left = linear(&mut g, "left", normed, 512, HIDDEN, true)?;
-    let right = linear(&mut g, "right", normed, 512, HIDDEN, true)?;
-    let single = linear(&mut g, "single", normed, 1, HIDDEN, false)?;
-    let inner = g.node("inner", setu_core::graph::Op::Mul, &[left, right])?[0];
-    let back = linear(&mut g, "back", inner, HIDDEN, 512, true)?;
+    let left = linear(&mut g, "left", normed, 512, hidden, true)?;
+    let right = linear(&mut g, "right", normed, 512, hidden, true)?;
+    let single = linear(&mut g, "single", normed, 1, hidden, false)?;
+    let inner = g.node("inner", Op::Mul, &[left, right])?[0];
+    let back = linear(&mut g, "back", inner, hidden, 512, true)?;
     let x = g.add("add", x, back)?;
-    let gate = linear(&mut g, "gate", x, width, HIDDEN, true)?;
-    let up = linear(&mut g, "up", x, width, HIDDEN, false)?;
+    let norm = g.weight("norm_2", "norm_2", &[hidden], Shard::Replicated);
+    let op = Op::RmsNorm { weight: norm, eps: 1e-5, group: 0, offset: 1.0 };
+    let normed = g.node("normed_2", op, &[x])?[0];
+    let gate = linear(&mut g, "gate", normed, width, hidden, true)?;
+    let up = linear(&mut g, "up", normed, width, hidden, false)?;
     let gated = g.gated("gated", ActivationKind::Silu, gate, up)?;
-    let down = linear(&mut g, "down", gated, HIDDEN, width, false)?;
+    let down = linear(&mut g, "down", gated, hidden, width, false)?;
     let x = g.add("add_2", down, x)?;
+    let norm = g.weight("norm_3", "norm_3", &[hidden], Shard::Replicated);
+    let normed = g.rms_norm("normed_3", x, norm, 1e-5)?;
+    let last = linear(&mut g, "last", normed, hidden, hidden, false)?;
+    let x = g.add("add_3", x, last)?;
     let x = g.select("select", x)?;
     let single = g.select("select_single", single)?;
-    let logits = linear(&mut g, "head", x, VOCAB, HIDDEN, false)?;
-    let scaled = g.node("scaled", setu_core::graph::Op::Scale { by: 0.5 }, &[single])?[0];
+    let logits = linear(&mut g, "head", x, VOCAB, hidden, false)?;
+    let scaled = g.node("scaled", Op::Scale { by: 0.5 }, &[single])?[0];
     g.output("single", scaled);
     g.output("logits", logits);
     g.finish()
@@ -71,7 +79,7 @@ fn check(
 fn tiles_of_every_size_compute_the_same() {
     let on_gpu = std::env::var_os("SETU_TEST_GPU").is_some();
     // Wide enough for the largest tiles to be worth it on a large GPU.
-    let graph = graph(if on_gpu { 4352 } else { 512 }).unwrap();
+    let graph = graph(HIDDEN, if on_gpu { 4352 } else { 512 }).unwrap();
     for dtype in [DType::BF16, DType::F16, DType::Q8_0, DType::Q4K] {
         let weights = WeightSet::random(&graph, dtype, 4);
         let mut options = CompileOptions::new(300, 8, 320);
@@ -89,14 +97,26 @@ fn tiles_of_every_size_compute_the_same() {
 fn few_rows_of_every_quantized_format() {
     for dtype in DType::ALL.into_iter().filter(|dtype| !dtype.is_float()) {
         // Half of a stage is left where rows of weights can be copied so; of other small blocks a number that no tile divides.
-        let graph = graph(match dtype {
+        let width = match dtype {
             DType::Q4_1 | DType::Q5_1 => 384,
             _ if dtype.block_len() == 32 => 480,
             _ => 512,
-        });
-        let (graph, mut options) = (graph.unwrap(), CompileOptions::new(64, 8, 320));
+        };
+        let (graph, mut options) = (graph(HIDDEN, width).unwrap(), CompileOptions::new(64, 8, 320));
         options.kv_dtype = KvDType::F32;
         let weights = WeightSet::random(&graph, dtype, 5);
         check(common::backend().as_mut(), &graph, &weights, &options, 33, &[1, 8, 13, 29]);
+    }
+}
+
+#[test]
+fn norms_between_products() {
+    // One sum of squares, one and an eighth, and four with an eighth; rows that leave norms to products, and one too many.
+    for hidden in [64, 72, 200] {
+        let graph = graph(hidden, 136).unwrap();
+        let mut options = CompileOptions::new(64, 8, 320);
+        options.kv_dtype = KvDType::F32;
+        let weights = WeightSet::random(&graph, DType::BF16, 6);
+        check(common::backend().as_mut(), &graph, &weights, &options, 40, &[5, 16, 17]);
     }
 }
