@@ -3,7 +3,8 @@
 // A stream is a queue that runs as late as the API allows, when somebody waits for it: a host buffer that is
 // changed or read too early shows as wrong data. Copies are checked against the allocations, whose ends are
 // guarded; what a launch or copy writes behind one makes the stream fail with CUDA_ERROR_ILLEGAL_ADDRESS, as
-// on a device. CUEMU_MEMORY sets the bytes of memory that the device has.
+// on a device. CUEMU_MEMORY sets the bytes of memory that the device has; to the file that CUEMU_LAUNCHES names go the names of
+// kernels as they run.
 
 #include "cuemu.h"
 
@@ -74,6 +75,7 @@ struct Event {
 
 struct Function {
     cuemu::Kernel *kernel;
+    std::string name;
     size_t max_shared = 48 << 10;
 };
 
@@ -90,6 +92,14 @@ thread_local void *current_context;
 size_t memory_bytes() {
     static const size_t bytes = getenv("CUEMU_MEMORY") ? strtoull(getenv("CUEMU_MEMORY"), nullptr, 10) : 8ull << 30;
     return bytes;
+}
+
+void note_launch(const std::string &name) {
+    static FILE *file = getenv("CUEMU_LAUNCHES") ? fopen(getenv("CUEMU_LAUNCHES"), "a") : nullptr;
+    if (file) {
+        fprintf(file, "%s\n", name.c_str());
+        fflush(file);
+    }
 }
 
 Stream &stream_of(void *stream) {
@@ -389,7 +399,7 @@ Result cuModuleGetFunction(void **function, void *, const char *name) {
     if (!kernel) {
         return NOT_FOUND;
     }
-    *function = new Function{kernel};
+    *function = new Function{kernel, name};
     return SUCCESS;
 }
 
@@ -421,7 +431,8 @@ Result cuLaunchKernel(void *handle, unsigned grid_x, unsigned grid_y, unsigned g
     }
     cuemu::Launch launch{{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}, shared};
     cuemu::Kernel *kernel = function->kernel;
-    stream_of(stream).push([launch, kernel, values] {
+    stream_of(stream).push([launch, kernel, values, name = function->name] {
+        note_launch(name);
         std::vector<void *> places;
         for (auto &value : *values) {
             places.push_back(value.data());

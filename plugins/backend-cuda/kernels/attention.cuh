@@ -8,6 +8,7 @@
 #include "e4m3.cuh"
 #include "formats.cuh"
 #include "product.cuh"
+#include "rope.cuh"
 
 // Positions in a part; a block's threads take one each.
 constexpr int PART = 128;
@@ -133,6 +134,38 @@ __device__ __forceinline__ void load_query(const float *head, int dim, int dims,
             columns[i] = i < left ? head[dim + i] : 0.0f;
         }
     }
+}
+
+// How the kernels on tensor cores turn the queries that they load; `angles` is null where these are as they shall be.
+struct Turning {
+    const float *angles;
+    int pairs, interleaved;
+
+    // How four columns of a token's queries are turned.
+    __device__ __forceinline__ FourTurns of(size_t token, int dim) const {
+        return FourTurns(dim, angles + token * 2 * pairs, pairs, interleaved);
+    }
+};
+
+// The same eight columns in halves; where they are turned, columns come in fours.
+template <Half HALF>
+__device__ __forceinline__ uint4 query_piece(const Turning &turning, size_t token, const float *head, int dim, int dims,
+                                             bool exists) {
+    float columns[8];
+    if (turning.angles) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+            float4 four = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (exists && dim + i < dims) {
+                four = turning.of(token, dim + i).turned(head, dim + i);
+            }
+            columns[i] = four.x, columns[i + 1] = four.y, columns[i + 2] = four.z, columns[i + 3] = four.w;
+        }
+    } else {
+        load_query(head, dim, dims, exists, columns);
+    }
+    return {halves_of<HALF>(columns[0], columns[1]), halves_of<HALF>(columns[2], columns[3]),
+            halves_of<HALF>(columns[4], columns[5]), halves_of<HALF>(columns[6], columns[7])};
 }
 
 // What follows is for scores and sums of a warp's sixteen queries as `multiply_add` leaves them: a lane has those of two, at

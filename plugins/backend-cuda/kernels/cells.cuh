@@ -147,7 +147,47 @@ __device__ __forceinline__ void turned_columns(const Token &token, const float *
     }
 }
 
-// As e4m3 with scales. A warp takes a head at a time, for its scale depends on all of it.
+// A head's key or value as e4m3 with its scale, by a whole warp: the scale depends on all of it.
+template <int COLUMNS> __device__ __forceinline__ void write_scaled_head(const Token &token, int head, bool is_key) {
+    const Pages &pages = token.pages;
+    int first = lane_of_thread() * COLUMNS;
+    constexpr int step = 32 * COLUMNS;
+    float columns[COLUMNS];
+    int dims = is_key ? pages.k_dim : pages.v_dim, padded = is_key ? pages.k_padded : dims;
+    const float *from = (is_key ? token.k : token.v) + head * dims;
+    int pairs = is_key ? token.pairs : 0;
+    u32 largest = 0;
+    for (int dim = first; dim < dims; dim += step) {
+        turned_columns(token, from, dim, pairs, columns);
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i++) {
+            largest = max(largest, __float_as_uint(columns[i]) & 0x7fffffff);
+        }
+    }
+    u32 scale = scale_for(warp_max(largest));
+    if (lane_of_thread() == 0) {
+        token.page[pages.scales_of(head, token.place) + (is_key ? 0 : 1)] = static_cast<u8>(scale);
+    }
+    for (int dim = first; dim < padded; dim += step) {
+        u32 codes = 0;
+        if (dim < dims) {
+            turned_columns(token, from, dim, pairs, columns);
+#pragma unroll
+            for (int i = 0; i < COLUMNS; i++) {
+                codes |= code_of(columns[i], scale) << 8 * i;
+            }
+        }
+        u64 at = is_key ? pages.k_at + token.key_at<F8_E4M3>(head, dim) : pages.v_at + token.value_at(head, dim);
+        u8 *to = token.page + at;
+        if constexpr (COLUMNS == 4) {
+            *reinterpret_cast<u32 *>(to) = codes;
+        } else {
+            *to = static_cast<u8>(codes);
+        }
+    }
+}
+
+// As e4m3. A warp takes a head at a time.
 template <int COLUMNS> __device__ __forceinline__ void write_scaled(const Token &token) {
     const Pages &pages = token.pages;
     int warps = blockDim.x / 32, first = lane_of_thread() * COLUMNS;
@@ -166,38 +206,31 @@ template <int COLUMNS> __device__ __forceinline__ void write_scaled(const Token 
             continue;
         }
         bool is_key = index < token.q_heads + pages.heads;
-        int head = index - token.q_heads - (is_key ? 0 : pages.heads);
-        int dims = is_key ? pages.k_dim : pages.v_dim, padded = is_key ? pages.k_padded : dims;
-        const float *from = (is_key ? token.k : token.v) + head * dims;
-        int pairs = is_key ? token.pairs : 0;
-        u32 largest = 0;
-        for (int dim = first; dim < dims; dim += step) {
-            turned_columns(token, from, dim, pairs, columns);
-#pragma unroll
-            for (int i = 0; i < COLUMNS; i++) {
-                largest = max(largest, __float_as_uint(columns[i]) & 0x7fffffff);
-            }
+        write_scaled_head<COLUMNS>(token, index - token.q_heads - (is_key ? 0 : pages.heads), is_key);
+    }
+}
+
+// A head's key and value, by all threads of a block; all columns lie in fours.
+template <Format TYPE> __device__ __forceinline__ void write_head(const Token &token, int head) {
+    const Pages &pages = token.pages;
+    if constexpr (TYPE == F8_E4M3) {
+        for (int warp = warp_of_thread(); warp < 2; warp += blockDim.x / 32) {
+            write_scaled_head<4>(token, head, warp == 0);
         }
-        u32 scale = scale_for(warp_max(largest));
-        if (lane_of_thread() == 0) {
-            token.page[pages.scales_of(head, token.place) + (is_key ? 0 : 1)] = static_cast<u8>(scale);
-        }
-        for (int dim = first; dim < padded; dim += step) {
-            u32 codes = 0;
-            if (dim < dims) {
-                turned_columns(token, from, dim, pairs, columns);
-#pragma unroll
-                for (int i = 0; i < COLUMNS; i++) {
-                    codes |= code_of(columns[i], scale) << 8 * i;
-                }
+    } else {
+        for (int i = threadIdx.x * 4; i < pages.k_padded + pages.v_dim; i += blockDim.x * 4) {
+            float4 four = {0.0f, 0.0f, 0.0f, 0.0f};
+            if (i >= pages.k_padded) {
+                int dim = i - pages.k_padded;
+                four = *reinterpret_cast<const float4 *>(token.v + head * pages.v_dim + dim);
+                store_four<TYPE>(token.page + pages.v_at, token.value_at(head, dim), four);
+                continue;
             }
-            u64 at = is_key ? pages.k_at + token.key_at<F8_E4M3>(head, dim) : pages.v_at + token.value_at(head, dim);
-            u8 *to = token.page + at;
-            if constexpr (COLUMNS == 4) {
-                *reinterpret_cast<u32 *>(to) = codes;
-            } else {
-                *to = static_cast<u8>(codes);
+            if (i < pages.k_dim) {
+                FourTurns turns(i, token.turns, token.pairs, token.interleaved);
+                four = turns.turned(token.k + head * pages.k_dim, i);
             }
+            store_four<TYPE>(token.page + pages.k_at, token.key_at<TYPE>(head, i), four);
         }
     }
 }

@@ -13,7 +13,7 @@
 
 #ifndef SETU_DECODE
 #define SETU_DECODE
-#include "attention.cuh"
+#include "cells.cuh"
 
 // Queries of a tile, warps of a block, and positions that a warp takes at a time.
 constexpr int DECODE_QUERIES = 16;
@@ -154,6 +154,19 @@ template <Format TYPE, int HEAD> struct Cells {
     }
 };
 
+// Where keys and values of the step's tokens are, one for each row, that have no cells yet; `cells` is null if all are written.
+struct Unwritten {
+    const u32 *cells;
+    const float *k, *v;
+    int k_stride, v_stride;
+
+    __device__ __forceinline__ Token token(size_t number, const Pages &pages, Paging paging, const Turning &turning) const {
+        u32 cell = cells[number];
+        return {pages, pages.start + paging.page(cell) * pages.page_bytes, paging.place(cell), nullptr, k + number * k_stride,
+                v + number * v_stride, 0, nullptr, turning.angles + number * 2 * turning.pairs, turning.pairs, turning.interleaved};
+    }
+};
+
 // Of steps that several blocks share, where the share of block `index` of `count` begins.
 __device__ __forceinline__ int share_begin(int steps, int index, int count) {
     return static_cast<int>(static_cast<u32>(steps) * static_cast<u32>(index) / static_cast<u32>(count));
@@ -199,13 +212,17 @@ __device__ __forceinline__ Merged nothing_merged() { return {-INFINITY_F, 0.0f, 
 // for DECODE_QUERIES × (v_dim + 4) floats for each block, and `arrived` has a counter for each tile and KV head, all 0
 // between launches. A page's tokens are a power of two, and whole steps. Heads are at most HEAD columns wide, and those of
 // values a multiple of eight, in eight bits of sixteen.
+//
+// With unwritten tokens a tile has all queries of a row and KV head, and the last of its blocks, which sees the token, writes
+// its key and value; columns lie in fours then.
 template <Format TYPE, int HEAD>
 __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets, const u32 *table_pages,
                                            const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
                                            const u32 *tiles, const float *q, int q_stride, int group, int window,
                                            float scale, float softcap, const float *sinks, float *y, int y_stride,
-                                           u16 *halves, int halves_stride, int half, float *partials, u32 *arrived) {
-    wait_for_launches_before();
+                                           u16 *halves, int halves_stride, int half, const Turning &turning,
+                                           float *partials, u32 *arrived, const Unwritten &unwritten) {
+    // No launch writes a step's tables.
     int row = tiles[2 * blockIdx.x], first_query = tiles[2 * blockIdx.x + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
     int queries = min(DECODE_QUERIES, tokens * group - first_query);
@@ -225,6 +242,33 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
     int step = first_step + share_begin(steps, blockIdx.z, shares) + warp;
     int end = first_step + share_begin(steps, blockIdx.z + 1, shares);
 
+    // In the end `[DECODE_WARPS][DECODE_QUERIES][found_floats(HEAD)]`.
+    DYNAMIC_SHARED(float, shared);
+    constexpr int of_query = found_floats(HEAD);
+    if (step < end) {
+        cells.prefetch_step(step * STEP);
+    }
+    wait_for_launches_before();
+    // Where a query of the tile lies, not turned.
+    auto query_of = [&](int in_tile) {
+        int number = first_query + in_tile;
+        return q + (first_token + number / group) * static_cast<size_t>(q_stride) +
+               (kv_head * group + number % group) * pages.k_dim;
+    };
+    if (turning.angles) {
+        // All warps need them.
+        int fours = pages.k_dim / 4;
+        for (int i = threadIdx.x; i < queries * fours; i += blockDim.x) {
+            int in_tile = i / fours, dim = i % fours * 4;
+            FourTurns turns = turning.of(first_token + (first_query + in_tile) / group, dim);
+            *reinterpret_cast<float4 *>(shared + in_tile * of_query + dim) = turns.turned(query_of(in_tile), dim);
+        }
+    }
+    if (unwritten.cells && static_cast<int>(blockIdx.z) == shares - 1) {
+        write_head<TYPE>(unwritten.token(first_token, pages, cells.paging, turning), kv_head);
+    }
+    __syncthreads();
+
     using Lane = Fetched<TYPE, HEAD>;
     Lane fetched;
     if (step < end) {
@@ -236,11 +280,10 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
     int from[2], to[2];
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
-        int in_tile = lane / 4 + 8 * lower, number = first_query + in_tile;
+        int in_tile = lane / 4 + 8 * lower;
         to[lower] = in_tile < queries ? position_of(in_tile) : -1;
         from[lower] = first_seen(position_of(in_tile), window);
-        const float *start = q + (first_token + number / group) * static_cast<size_t>(q_stride) +
-                             (kv_head * group + number % group) * pages.k_dim;
+        const float *start = turning.angles ? shared + in_tile * of_query : query_of(in_tile);
 #pragma unroll
         for (int t = 0; t < HEAD / 32; t++) {
             constexpr int eights = Lane::piece / 8;
@@ -254,6 +297,8 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
             }
         }
     }
+    // The queries' place is taken in the end.
+    __syncthreads();
     float inverse_cap = softcap > 0.0f ? 1.0f / softcap : 0.0f;
     float highest[2] = {-INFINITY_F, -INFINITY_F}, total[2] = {0.0f, 0.0f};
     float sums[HEAD / 8][4] = {};
@@ -320,9 +365,6 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
         }
     }
 
-    // `[DECODE_WARPS][DECODE_QUERIES][found_floats(HEAD)]`.
-    DYNAMIC_SHARED(float, shared);
-    constexpr int of_query = found_floats(HEAD);
 #pragma unroll
     for (int lower = 0; lower < 2; lower++) {
         total[lower] += __shfl_xor_sync(ALL_LANES, total[lower], 1);
@@ -393,10 +435,11 @@ __device__ __forceinline__ void attend_few(Pages pages, const u32 *table_offsets
                     const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,      \
                     const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
                     const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half,              \
-                    float *partials, u32 *arrived) {                                                                   \
+                    Turning turning, float *partials, u32 *arrived, Unwritten unwritten) {                             \
         attend_few<ELEMENT, HEAD>(                                                                                     \
             pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
-            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half, partials, arrived);               \
+            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half, turning, partials, arrived,       \
+            unwritten);                                                                                                \
     }
 
 DEFINE_DECODE(JOIN(decode_64, ELEMENT), 64)

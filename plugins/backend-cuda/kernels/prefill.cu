@@ -108,7 +108,7 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
                                             const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions,
                                             const u32 *tiles, const float *q, int q_stride, int group, int window,
                                             float scale, float softcap, const float *sinks, float *y, int y_stride,
-                                            u16 *halves, int halves_stride, int half) {
+                                            u16 *halves, int halves_stride, int half, const Turning &turning) {
     wait_for_launches_before();
     int row = tiles[2 * blockIdx.y], first_query = tiles[2 * blockIdx.y + 1];
     int first_token = row_offsets[row], tokens = row_offsets[row + 1] - first_token;
@@ -138,14 +138,12 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
     };
     u32 scales = 0;
     int first_tile = context.seen_from / KEYS, last_tile = context.seen_to / KEYS;
-    for (int i = threadIdx.x; i < TILE_QUERIES * HEAD / 2; i += blockDim.x) {
-        int in_tile = i / (HEAD / 2), dim = i % (HEAD / 2) * 2;
-        int number = first_query + in_tile;
-        const float *from = q + (first_token + number / group) * static_cast<size_t>(q_stride) +
-                            (kv_head * group + number % group) * pages.k_dim;
-        float first = in_tile < queries && dim < pages.k_dim ? from[dim] : 0.0f;
-        float second = in_tile < queries && dim + 1 < pages.k_dim ? from[dim + 1] : 0.0f;
-        *reinterpret_cast<u32 *>(query + head_piece<HEAD>(in_tile, dim / 8) + dim % 8) = halves_of<HALF>(first, second);
+    for (int i = threadIdx.x; i < TILE_QUERIES * HEAD / 8; i += blockDim.x) {
+        int in_tile = i / (HEAD / 8), piece = i % (HEAD / 8), number = first_query + in_tile;
+        size_t token = first_token + number / group;
+        const float *head = q + token * q_stride + (kv_head * group + number % group) * pages.k_dim;
+        *reinterpret_cast<uint4 *>(query + head_piece<HEAD>(in_tile, piece)) =
+            query_piece<HALF>(turning, token, head, piece * 8, pages.k_dim, in_tile < queries);
     }
 
     int lane = lane_of_thread(), first_of_warp = 16 * warp_of_thread();
@@ -274,10 +272,11 @@ __device__ __forceinline__ void attend_tile(Pages pages, const u32 *table_offset
     DENSE_KERNEL_OF(128, 2, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pages,                       \
                     const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,      \
                     const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
-                    const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half) {            \
+                    const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half,              \
+                    Turning turning) {                                                                                 \
         attend_tile<ELEMENT, HEAD>(                                                                                    \
             pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
-            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half);                                  \
+            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half, turning);                         \
     }
 
 DEFINE_PREFILL(JOIN(attend_64, ELEMENT), 64)

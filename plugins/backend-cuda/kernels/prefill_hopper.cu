@@ -155,7 +155,8 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
                                                  const u32 *table_skipped, const u32 *row_offsets,
                                                  const u32 *row_positions, const u32 *tiles, const float *q, int q_stride,
                                                  int group, int window, float scale, float softcap, const float *sinks,
-                                                 float *y, int y_stride, u16 *halves, int halves_stride, int half) {
+                                                 float *y, int y_stride, u16 *halves, int halves_stride, int half,
+                                                 const Turning &turning) {
     wait_for_launches_before();
     DYNAMIC_SHARED(u8, shared);
     __shared__ Handover of_keys, of_values;
@@ -198,13 +199,10 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
     for (int i = 0; i < GROUP_QUERIES * HEAD / 8; i += 128) {
         int in_group = (i + thread) / (HEAD / 8), piece = (i + thread) % (HEAD / 8);
         int in_tile = first_of_group + in_group, in_row = first_query + in_tile;
-        const float *head = q + (first_token + in_row / group) * static_cast<size_t>(q_stride) +
-                            (kv_head * group + in_row % group) * pages.k_dim;
-        float columns[8];
-        load_query(head, piece * 8, pages.k_dim, in_tile < queries, columns);
-        *reinterpret_cast<uint4 *>(query + piece_at(GROUP_QUERIES, in_group, piece)) = {
-            halves_of<HALF>(columns[0], columns[1]), halves_of<HALF>(columns[2], columns[3]),
-            halves_of<HALF>(columns[4], columns[5]), halves_of<HALF>(columns[6], columns[7])};
+        size_t token = first_token + in_row / group;
+        const float *head = q + token * q_stride + (kv_head * group + in_row % group) * pages.k_dim;
+        *reinterpret_cast<uint4 *>(query + piece_at(GROUP_QUERIES, in_group, piece)) =
+            query_piece<HALF>(turning, token, head, piece * 8, pages.k_dim, in_tile < queries);
     }
     show_to_tensor_cores();
     wait_at(QUERIES_HERE + number, 128);
@@ -368,10 +366,11 @@ __device__ __forceinline__ void attend_on_hopper(Pages pages, const u32 *table_o
     DENSE_KERNEL_OF(HOPPER_THREADS, 1, NAME, Pages pages, const u32 *table_offsets, const u32 *table_pages,            \
                     const u32 *table_skipped, const u32 *row_offsets, const u32 *row_positions, const u32 *tiles,      \
                     const float *q, int q_stride, int group, int window, float scale, float softcap,                   \
-                    const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half) {            \
+                    const float *sinks, float *y, int y_stride, u16 *halves, int halves_stride, int half,              \
+                    Turning turning) {                                                                                 \
         attend_on_hopper<ELEMENT == F16 ? HALF_F16 : HALF_BF16, HEAD>(                                                 \
             pages, table_offsets, table_pages, table_skipped, row_offsets, row_positions, tiles, q, q_stride, group,   \
-            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half);                                  \
+            window, scale, softcap, sinks, y, y_stride, halves, halves_stride, half, turning);                         \
     }
 
 DEFINE_PREFILL(JOIN(attend_64, ELEMENT), 64)

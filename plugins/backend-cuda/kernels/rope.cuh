@@ -35,10 +35,11 @@ struct FourTurns {
         float angles[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int pair = interleaved ? i / 2 : i;
+            // Chosen, not indexed: an index that isn't known would put the angles into memory.
+            float of_pair = interleaved ? angles[i / 2 * 2 + 1] : angles[2 * i + 1];
             bool minus = interleaved ? i % 2 == 0 : dim < pairs;
-            cosine[i] = angles[2 * pair];
-            sine[i] = minus ? -angles[2 * pair + 1] : angles[2 * pair + 1];
+            cosine[i] = interleaved ? angles[i / 2 * 2] : angles[2 * i];
+            sine[i] = minus ? -of_pair : of_pair;
         }
     }
 

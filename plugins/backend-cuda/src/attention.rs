@@ -1,8 +1,9 @@
-//! Attention's launches: keys and values are written, with Q and K turned on the way, then attended to.
+//! Attention's launches: keys and values are written, with K turned on the way, then attended to. Kernels on tensor cores turn Q
+//! themselves, and where every row decodes they write too; for others what writes K turns Q.
 
 use setu_core::{KvDType, Result};
 
-use crate::gpu::{Arguments, Kernel, Shape};
+use crate::gpu::{Arguments, Kernel, Shape, pair};
 use crate::ops::{Operand, Pass, operand, threads_for};
 use crate::product::Output;
 use crate::step::Tiling;
@@ -155,12 +156,13 @@ pub struct Attention {
 
 impl Attention {
     pub fn launch(&self, pass: &Pass<'_>) -> Result<()> {
-        let q = self.write(pass)?;
+        let q = if self.writes_along(pass) { self.q } else { self.write(pass)? };
         let [few, dense] = pass.step.tiles[self.tiles];
         if let Some(prefill) = self.prefill.as_ref().filter(|_| dense > 0) {
             // Blocks begin in order: those of the longest tiles, of all heads, first.
             let shape = Shape::new((self.kv_heads, dense, 1), prefill.tile.threads).shared(prefill.shared_bytes);
-            pass.launch(&prefill.kernel, shape, self.arguments(pass, q, 1))?;
+            let arguments = self.arguments(pass, q, 1).structure(&self.turning());
+            pass.launch(&prefill.kernel, shape, arguments)?;
         }
         if few > 0 { self.attend_few(pass, q, few) } else { Ok(()) }
     }
@@ -179,7 +181,9 @@ impl Attention {
         };
         if let Some(decode) = &self.decode {
             let shares = decode.shares(tiles * self.kv_heads, parts * PART_TOKENS);
-            let arguments = self.arguments(pass, q, 0).address(self.partials).address(decode.arrived);
+            let arguments = self.arguments(pass, q, 0).structure(&self.turning());
+            let arguments = arguments.address(self.partials).address(decode.arrived);
+            let arguments = arguments.structure(&self.unwritten(pass));
             let shape = Shape::new((tiles, self.kv_heads, shares), 32 * DECODE_WARPS).shared(decode.shared_bytes);
             return pass.launch(&decode.kernel, shape, arguments);
         }
@@ -234,14 +238,52 @@ impl Attention {
         arguments.address(halves.address).int(halves.stride).int(halves.half as usize)
     }
 
+    /// Whether columns of heads come in fours, turned or not: what kernels on tensor cores turn and write.
+    fn is_in_fours(&self) -> bool {
+        let k_dim = self.k.cols / self.kv_heads;
+        let pairs = self.turn.map_or(0, |turn| turn.pairs);
+        let are_aligned = [self.q, self.k, self.v].iter().all(|operand| operand.address.is_multiple_of(16));
+        are_aligned && [k_dim, self.v_dim, pairs].iter().all(|count| count.is_multiple_of(4))
+    }
+
+    /// How the kernels turn queries, if they do: all of a step's run on tensor cores then.
+    fn turns_queries(&self) -> Option<Turn> {
+        self.turn.filter(|_| self.decode.is_some() && self.prefill.is_some() && self.is_in_fours())
+    }
+
+    /// Whether the kernel that attends writes the pass's keys and values too: each row has one token, and a tile all of its
+    /// queries for a KV head.
+    fn writes_along(&self, pass: &Pass<'_>) -> bool {
+        let is_turned = self.turn.is_none() || self.turns_queries().is_some();
+        let is_one_tile = self.tiling.head_group <= DECODE_QUERIES;
+        self.decode.is_some() && pass.bucket.is_some() && is_one_tile && is_turned && self.is_in_fours()
+    }
+
+    /// The struct `Turning`.
+    fn turning(&self) -> [u64; 2] {
+        self.turns_queries()
+            .map_or([0, 0], |Turn { angles, pairs, interleaved, .. }| [angles, pair(pairs, usize::from(interleaved))])
+    }
+
+    /// The struct `Unwritten`.
+    fn unwritten(&self, pass: &Pass<'_>) -> [u64; 4] {
+        if !self.writes_along(pass) {
+            return [0; 4];
+        }
+        let cells = pass.upload + pass.step.places.groups[self.kv_group].cells as u64;
+        [cells, self.k.address, self.v.address, pair(self.k.stride, self.v.stride)]
+    }
+
     /// Queues what writes keys and values: where the queries are then.
     fn write(&self, pass: &Pass<'_>) -> Result<Operand> {
         let group = pass.step.places.groups[self.kv_group];
         let arguments = Arguments::new().structure(&self.pages).address(pass.upload + group.cells as u64);
         let arguments = operand(operand(operand(arguments, self.q), self.k), self.v);
-        let heads = if self.turn.is_some() { self.kv_heads * self.tiling.head_group } else { 0 };
+        let turns_q = self.turn.is_some() && self.turns_queries().is_none();
+        let heads = if turns_q { self.kv_heads * self.tiling.head_group } else { 0 };
         let none = Turn { angles: 0, pairs: 0, interleaved: false, q: self.q };
         let Turn { angles, pairs, interleaved, q } = self.turn.unwrap_or(none);
+        let q = if turns_q { q } else { self.q };
         let arguments = operand(arguments.int(heads), q);
         let arguments = arguments.address(angles).int(pairs).int(usize::from(interleaved));
         // The heads of a token are shared out where there would be too few blocks.

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Heads, MAX_LEN, VOCAB, backend, model};
 use setu_core::backend::{CompileOptions, Masks, Want};
-use setu_core::{DType, ErrorKind};
+use setu_core::{DType, ErrorKind, KvDType};
 use setu_testkit::backend::rig::Rig;
 use setu_testkit::steps::SlotData;
 use setu_testkit::weights::WeightSet;
@@ -109,12 +109,13 @@ fn wants_are_answered_in_passes_and_in_order() {
     }
 }
 
-/// Six sessions that decode with each token carried on from the step before: the tokens of all, session by session.
-fn decode(mut backend: Box<dyn setu_core::Backend>) -> Vec<Vec<u32>> {
-    let graph = model(SHAPE).unwrap();
+/// Six sessions that decode with each token carried on from the step before: of all the tokens and their log-probabilities, session
+/// by session.
+fn decode(mut backend: Box<dyn setu_core::Backend>, shape: Heads, kv_dtype: KvDType) -> Vec<Vec<(u32, f32)>> {
+    let graph = model(shape).unwrap();
     let weights = WeightSet::random(&graph, DType::F32, 12);
     let mut options = CompileOptions::new(64, 7, MAX_LEN);
-    options.kv_pages = vec![128];
+    (options.kv_pages, options.kv_dtype) = (vec![128], kv_dtype);
     let exec = backend.compile(&graph, &weights.data(), &options).unwrap();
     let mut rig = Rig::of(&graph, exec, options);
     // The longest goes on into a second part of its context.
@@ -159,16 +160,27 @@ fn collect(
     rig: &mut Rig<'_>,
     ticket: setu_core::Ticket,
     step: &setu_testkit::steps::StepData,
-    tokens: &mut [Vec<u32>],
+    tokens: &mut [Vec<(u32, f32)>],
 ) {
     let outputs = rig.wait(ticket, step).unwrap();
     assert!(outputs.logprobs.iter().all(|logprob| *logprob < 0.0));
-    step.slots.iter().zip(&outputs.tokens).for_each(|(slot, token)| tokens[*slot as usize].push(*token));
+    let found = outputs.tokens.iter().copied().zip(outputs.logprobs.iter().copied());
+    step.slots.iter().zip(found).for_each(|(slot, found)| tokens[*slot as usize].push(found));
 }
 
+/// In captured steps what attends on tensor cores writes keys and values too.
 #[test]
 fn captured_steps_give_what_plain_ones_do() {
-    let (plain, captured) = (decode(common::without_graphs()), decode(backend()));
-    assert_eq!(plain.iter().map(Vec::len).collect::<Vec<_>>(), [14, 28, 42, 56, 70, 84]);
-    assert_eq!(plain, captured);
+    let odd = Heads { heads: 6, k_dim: 24, v_dim: 48, window: Some(30), ..SHAPE };
+    let dense = [KvDType::F16, KvDType::BF16, KvDType::F8E4M3].map(|kv_dtype| (odd, kv_dtype));
+    for (shape, kv_dtype) in [(SHAPE, KvDType::F32), (SHAPE, KvDType::BF16)].into_iter().chain(dense) {
+        let plain = decode(common::without_graphs(), shape, kv_dtype);
+        let captured = decode(backend(), shape, kv_dtype);
+        assert_eq!(plain.iter().map(Vec::len).collect::<Vec<_>>(), [14, 28, 42, 56, 70, 84]);
+        for ((token, logprob), (other_token, other)) in plain.iter().flatten().zip(captured.iter().flatten()) {
+            assert_eq!(token, other_token, "{kv_dtype}");
+            // Shares of a context are as many as a bucket needs.
+            assert!((logprob - other).abs() < 1e-4, "{kv_dtype}: {logprob} and {other}");
+        }
+    }
 }
