@@ -35,8 +35,8 @@ template <Format TYPE> __device__ __forceinline__ float load_value(const u8 *val
 #endif
 
 // Writes a token's keys and values into its cell: page × page_tokens + place in the page. With `angles` the first
-// `2 × pairs` columns of each head of Q and K are turned on the way, as in rope.cu. Blocks in x are tokens, in y shares of
-// the heads: of Q, which go to `q_turned`, then of K and of V.
+// `2 × pairs` columns of each head of K, and of Q if there are any, are turned on the way, as in rope.cu. Blocks in x are
+// tokens, in y shares of the heads: of Q, which go to `q_turned`, then of K and of V.
 #define NAME JOIN(kv_write, ELEMENT)
 DENSE_KERNEL_OF(256, WRITE_BLOCKS, NAME, Pages pages, const u32 *cells, const float *q, int q_stride, const float *k,
                 int k_stride, const float *v, int v_stride, int q_heads, float *q_turned, int q_turned_stride, const float *angles,

@@ -1,4 +1,4 @@
-// Writing a token's keys and values into its cell, with Q and K turned on the way.
+// Writing a token's keys and values into its cell, with K turned on the way, and Q where attention doesn't turn it.
 #pragma once
 
 #include "attention.cuh"

@@ -267,7 +267,7 @@ template <Format TYPE, int TOKENS> struct CodesTile {
     static constexpr int tokens = TOKENS, outputs = ROWS * warps, columns = 256;
     static constexpr int cluster = 1, least_stages = 1;
     // Where a unit's members all at once would take more registers than there are.
-    static constexpr bool rolled = TOKENS == 32 && (TYPE == Q2_K || (TYPE == Q4_K && IS_LATER));
+    static constexpr bool rolled = TOKENS == 32 ? TYPE == Q2_K || (TYPE == Q4_K && IS_LATER) : TOKENS == 16 && TYPE == Q5_K;
     static constexpr bool takes_turns = false;
     static __device__ __forceinline__ void wait() { __syncthreads(); }
 
@@ -319,8 +319,8 @@ template <Format TYPE, int TOKENS> struct CodesBlock {
 
     // Finds the rows of the tile of which this thread brings pieces. Eight neighbouring threads bring eight pieces of a row, of
     // every sixteenth row; what is over each thread brings of a row of its own.
-    __device__ __forceinline__ void find_rows(size_t matrix) {
-        size_t bytes = row_bytes<TYPE>(product.cols);
+    __device__ __forceinline__ void find_rows() {
+        size_t bytes = row_bytes<TYPE>(product.cols), matrix = product.offsets ? blockIdx.z * (product.outs * bytes) : 0;
         int row = threadIdx.x / 8, own = threadIdx.x % ROWS;
         const u8 *other = product.second ? product.second : product.weights;
         int above = product.second ? 0 : ROWS / 2, warps = threadIdx.x / ROWS * outs_of_warp();
@@ -569,10 +569,8 @@ template <Format TYPE, int TOKENS> __device__ __forceinline__ void multiply_code
         wait_for_launches_before();
     }
     block.rows = rows_of(product);
-    size_t matrix = 0;
     if (has_experts) {
         block.first_row = block.rows.begin + blockIdx.y * TOKENS, block.first_out = blockIdx.x * Work<Tile>::outputs_of(product);
-        matrix = blockIdx.z * static_cast<size_t>(product.outs) * row_bytes<TYPE>(product.cols);
         if (block.first_row >= block.rows.end) {
             return;
         }
@@ -584,7 +582,7 @@ template <Format TYPE, int TOKENS> __device__ __forceinline__ void multiply_code
             block.first_row = work.first_row(place.tile), block.first_out = work.first_out(product, place.tile, 0);
         }
         int here = min(work.stages - place.stage, count - at);
-        block.find_rows(matrix);
+        block.find_rows();
         // Weights come while the launch before this ends.
         block.multiply_stages(place.stage, here, at == 0 && !has_experts);
         at += here;

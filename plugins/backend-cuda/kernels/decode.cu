@@ -154,7 +154,7 @@ template <Format TYPE, int HEAD> struct Cells {
     }
 };
 
-// Where keys and values of the step's tokens are, one for each row, that have no cells yet; `cells` is null if all are written.
+// Keys and values that are yet to be written to their cells, of one token for each row; `cells` is null if all have been.
 struct Unwritten {
     const u32 *cells;
     const float *k, *v;

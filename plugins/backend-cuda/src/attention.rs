@@ -40,7 +40,7 @@ pub struct Turn {
     pub angles: u64,
     pub pairs: usize,
     pub interleaved: bool,
-    /// Where Q goes.
+    /// Where Q goes, if what writes K turns it.
     pub q: Operand,
 }
 

@@ -1,9 +1,8 @@
 //! A graph's nodes put together to what is launched at once.
 //!
 //! Linear layers over the same input become one product; a gate and its activation, and a residual that is added, are
-//! done where the product's results are; Q and K are turned where they are written; a norm between two products may be done
-//! by them. What a unit computes is what its nodes would, in the same order of rounding, but for norms: see
-//! `kernels/deferred.cuh`.
+//! done where the product's results are; attention turns Q and K; a norm between products may be done by them. What a unit
+//! computes is what its nodes would, in the same order of rounding, but for norms: see `kernels/deferred.cuh`.
 
 use setu_core::graph::{ActivationKind, Node, Op, RowSpace, ValueId, WeightId};
 use setu_core::{DType, Graph};

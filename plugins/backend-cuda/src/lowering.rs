@@ -104,12 +104,12 @@ impl Lowering<'_, '_> {
 
     /// Adds a unit's launches to `ops`.
     pub fn unit(&mut self, unit: &Unit<'_>, ops: &mut Vec<Op>) -> Result<()> {
-        if self.layout.is_view(self.graph, unit) {
-            return Ok(());
-        }
-        // What the unit itself writes in halves; the rest is packed behind it.
+        // What the unit itself doesn't write in halves is packed behind it.
         let mut unpacked: Unpacked = Vec::new();
         match &unit.kind {
+            _ if self.layout.is_view(self.graph, unit) => {
+                unpacked.push((unit.outputs[0], self.layout.wanted_of(unit.outputs[0])));
+            }
             Kind::Product(product) => {
                 let norm = product.norm.map(|node| self.deferred_norm(node)).transpose()?;
                 let (op, left) = self.product(unit, product, norm.as_ref().and_then(|norm| norm.1))?;

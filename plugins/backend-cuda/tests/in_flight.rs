@@ -2,8 +2,9 @@
 
 mod common;
 
-use common::{Heads, MAX_LEN, VOCAB, backend, model};
+use common::{Heads, MAX_LEN, Turns, VOCAB, backend, model, turned_model};
 use setu_core::backend::{CompileOptions, Masks, Want};
+use setu_core::graph::{Graph, RopeStyle};
 use setu_core::{DType, ErrorKind, KvDType};
 use setu_testkit::backend::rig::Rig;
 use setu_testkit::steps::SlotData;
@@ -111,9 +112,8 @@ fn wants_are_answered_in_passes_and_in_order() {
 
 /// Six sessions that decode with each token carried on from the step before: of all the tokens and their log-probabilities, session
 /// by session.
-fn decode(mut backend: Box<dyn setu_core::Backend>, shape: Heads, kv_dtype: KvDType) -> Vec<Vec<(u32, f32)>> {
-    let graph = model(shape).unwrap();
-    let weights = WeightSet::random(&graph, DType::F32, 12);
+fn decode(mut backend: Box<dyn setu_core::Backend>, graph: &Graph, kv_dtype: KvDType) -> Vec<Vec<(u32, f32)>> {
+    let weights = WeightSet::random(graph, DType::F32, 12);
     let mut options = CompileOptions::new(64, 7, MAX_LEN);
     (options.kv_pages, options.kv_dtype) = (vec![128], kv_dtype);
     let exec = backend.compile(&graph, &weights.data(), &options).unwrap();
@@ -172,15 +172,29 @@ fn collect(
 #[test]
 fn captured_steps_give_what_plain_ones_do() {
     let odd = Heads { heads: 6, k_dim: 24, v_dim: 48, window: Some(30), ..SHAPE };
-    let dense = [KvDType::F16, KvDType::BF16, KvDType::F8E4M3].map(|kv_dtype| (odd, kv_dtype));
-    for (shape, kv_dtype) in [(SHAPE, KvDType::F32), (SHAPE, KvDType::BF16)].into_iter().chain(dense) {
-        let plain = decode(common::without_graphs(), shape, kv_dtype);
-        let captured = decode(backend(), shape, kv_dtype);
+    let wide = Heads { heads: 16, kv_heads: 1, k_dim: 128, v_dim: 128, window: None };
+    let whole = |shape: Heads| (shape, Turns { style: RopeStyle::Half, pairs: shape.k_dim / 2 });
+    let none = Turns { style: RopeStyle::Half, pairs: 0 };
+    let cases = [
+        (whole(SHAPE), KvDType::F32),
+        (whole(SHAPE), KvDType::BF16),
+        (whole(odd), KvDType::F16),
+        (whole(odd), KvDType::F8E4M3),
+        ((odd, none), KvDType::BF16),
+        ((odd, none), KvDType::F8E4M3),
+        ((Heads { k_dim: 20, ..odd }, Turns { style: RopeStyle::Interleaved, pairs: 8 }), KvDType::BF16),
+        ((wide, Turns { style: RopeStyle::Interleaved, pairs: 64 }), KvDType::BF16),
+        ((wide, Turns { style: RopeStyle::Half, pairs: 16 }), KvDType::F8E4M3),
+    ];
+    for ((shape, turns), kv_dtype) in cases {
+        let graph = turned_model(shape, turns).unwrap();
+        let plain = decode(common::without_graphs(), &graph, kv_dtype);
+        let captured = decode(backend(), &graph, kv_dtype);
         assert_eq!(plain.iter().map(Vec::len).collect::<Vec<_>>(), [14, 28, 42, 56, 70, 84]);
         for ((token, logprob), (other_token, other)) in plain.iter().flatten().zip(captured.iter().flatten()) {
-            assert_eq!(token, other_token, "{kv_dtype}");
+            assert_eq!(token, other_token, "{shape:?} {turns:?} {kv_dtype}");
             // Shares of a context are as many as a bucket needs.
-            assert!((logprob - other).abs() < 1e-4, "{kv_dtype}: {logprob} and {other}");
+            assert!((logprob - other).abs() < 1e-4, "{shape:?} {turns:?} {kv_dtype}: {logprob} and {other}");
         }
     }
 }

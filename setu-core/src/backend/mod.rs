@@ -335,7 +335,8 @@ pub struct Step<'a> {
     /// Token ids, all rows one behind the other.
     pub tokens: Column<'a, u32>,
     pub carries: Rows<'a, Carry>,
-    /// One for each KV group. No two rows write tokens to the same page; that they read the same ones is usual.
+    /// One for each KV group. Rows often read the same pages; a page that a row writes tokens to no other row writes to, which
+    /// backends check, or reads, which nobody does: what it would see there is anything.
     pub page_tables: Rows<'a, PageTables<'a>>,
     /// Page copies, carried out before anything else.
     pub copies: Rows<'a, PageCopy>,

@@ -70,13 +70,25 @@ pub struct Heads {
     pub window: Option<u32>,
 }
 
-/// Two layers of attention between an embedding and a head.
+/// How columns of a head are turned: so many pairs of them, if any.
+#[derive(Clone, Copy, Debug)]
+pub struct Turns {
+    pub style: RopeStyle,
+    pub pairs: u32,
+}
+
+/// Two layers of attention between an embedding and a head, with whole heads turned.
 pub fn model(shape: Heads) -> Result<Graph> {
+    turned_model(shape, Turns { style: RopeStyle::Half, pairs: shape.k_dim / 2 })
+}
+
+/// The same, turned in another way.
+pub fn turned_model(shape: Heads, Turns { style, pairs }: Turns) -> Result<Graph> {
     let Heads { heads, kv_heads, k_dim, v_dim, window } = shape;
     let mut g = GraphBuilder::new("attention", VOCAB, MAX_LEN);
     let kind = window.map_or(KvGroupKind::Full, |tokens| KvGroupKind::SlidingWindow { tokens });
     let group = g.kv_group("group", kind);
-    let inv_freq = (0..k_dim / 2).map(|i| 100f64.powf(-2.0 * f64::from(i) / f64::from(k_dim))).collect();
+    let inv_freq = (0..pairs.max(1)).map(|i| 100f64.powf(-2.0 * f64::from(i) / f64::from(k_dim))).collect();
     let rope = g.rope_table(RopeTable { inv_freq, magnitude: 1.0 });
     let hidden = 32;
     let table = g.weight("embed", "embed", &[VOCAB as usize, hidden], Shard::Replicated);
@@ -91,8 +103,8 @@ pub fn model(shape: Heads) -> Result<Graph> {
             let q = linear(g, "q", x, heads * k_dim, hidden)?;
             let k = linear(g, "k", x, kv_heads * k_dim, hidden)?;
             let v = linear(g, "v", x, kv_heads * v_dim, hidden)?;
-            let q = g.rope("rope_q", q, rope, k_dim, RopeStyle::Half)?;
-            let k = g.rope("rope_k", k, rope, k_dim, RopeStyle::Half)?;
+            let mut turn = |name: &str, x| if pairs > 0 { g.rope(name, x, rope, k_dim, style) } else { Ok(x) };
+            let (q, k) = (turn("rope_q", q)?, turn("rope_k", k)?);
             let kv = g.kv_layer(KvLayer { group, heads: kv_heads, k_dim, v_dim });
             let attended = g.attention("attend", [q, k, v], kv, heads, 1.0 / (k_dim as f32).sqrt())?;
             let out = linear(g, "o", attended, hidden as u32, (heads * v_dim) as usize)?;
