@@ -116,8 +116,8 @@ fn decode(mut backend: Box<dyn setu_core::Backend>, graph: &Graph, kv_dtype: KvD
     let weights = WeightSet::random(graph, DType::F32, 12);
     let mut options = CompileOptions::new(64, 7, MAX_LEN);
     (options.kv_pages, options.kv_dtype) = (vec![128], kv_dtype);
-    let exec = backend.compile(&graph, &weights.data(), &options).unwrap();
-    let mut rig = Rig::of(&graph, exec, options);
+    let exec = backend.compile(graph, &weights.data(), &options).unwrap();
+    let mut rig = Rig::of(graph, exec, options);
     // The longest goes on into a second part of its context.
     let lengths = [1, 3, 20, 5, 2, 33];
     let mut sequences = lengths.map(|len| rig.random_sequence(len));
