@@ -279,11 +279,11 @@ impl Attention {
         let group = pass.step.places.groups[self.kv_group];
         let arguments = Arguments::new().structure(&self.pages).address(pass.upload + group.cells as u64);
         let arguments = operand(operand(operand(arguments, self.q), self.k), self.v);
-        let turns_q = self.turn.is_some() && self.turns_queries().is_none();
-        let heads = if turns_q { self.kv_heads * self.tiling.head_group } else { 0 };
-        let none = Turn { angles: 0, pairs: 0, interleaved: false, q: self.q };
-        let Turn { angles, pairs, interleaved, q } = self.turn.unwrap_or(none);
-        let q = if turns_q { q } else { self.q };
+        let turns_q = self.turn.filter(|_| self.turns_queries().is_none());
+        let heads = if turns_q.is_some() { self.kv_heads * self.tiling.head_group } else { 0 };
+        let q = turns_q.map_or(self.q, |turn| turn.q);
+        let (angles, pairs, interleaved) =
+            self.turn.map_or((0, 0, false), |turn| (turn.angles, turn.pairs, turn.interleaved));
         let arguments = operand(arguments.int(heads), q);
         let arguments = arguments.address(angles).int(pairs).int(usize::from(interleaved));
         // The heads of a token are shared out where there would be too few blocks.
